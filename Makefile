@@ -1,0 +1,48 @@
+# Everything a reader types. Each target installs what it needs into .venv first; a second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: tutorial test lint notebooks matrix lab clean help
+
+help:
+	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
+	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make test       prove the repository"
+	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
+	@echo "make lint       ruff over package, tests, notebooks and the extracted script"
+	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
+	@echo "make clean      remove what runs leave behind (keeps .venv)"
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "This project needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another with: make PYTHON=python3.11 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(STAMP)
+
+# PARAMS names another set of parameters, FSDP_VERSION=2 the other FSDP: make tutorial FSDP_VERSION=2
+PARAMS ?= configs/params/tiny.yaml
+tutorial: $(STAMP)
+	$(BIN)/python -m nbutils run --params $(PARAMS) $(if $(FSDP_VERSION),-p fsdp_version $(FSDP_VERSION))
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+matrix: $(STAMP)
+	$(BIN)/python -m pytest -m matrix -v
+
+lint: $(STAMP)
+	$(BIN)/python -m nbutils script runs/lint
+	$(BIN)/ruff check . runs/lint/fine_tuning_FSDP_QLoRA.py
+	$(BIN)/ruff format --check . runs/lint/fine_tuning_FSDP_QLoRA.py
+
+notebooks: $(STAMP)
+	$(BIN)/python -m nbutils refresh
+
+clean:
+	rm -rf runs site workshop .pytest_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""Let Accelerate run real FSDP on processes that have no accelerator.
+
+Run as: `accelerate launch --config_file configs/accelerate/rehearsal_fsdp1.yaml -m nbutils.rehearsal SCRIPT.py ...`
+
+The training script knows nothing of this. On a CPU, Accelerate reads `distributed_type: FSDP` from the
+file and then trains with plain DDP, without a word. Three things stand in the way of FSDP there, and
+`enable()` removes them; a fourth one (a CPU kernel that spoils 4-bit weights) is switched off as well:
+
+1. `AcceleratorState` sets the type to FSDP for accelerator backends only. We set it for gloo on CPU too.
+2. Its device is `cpu:0`; FSDP 1 insists on `cpu`, without a number.
+3. `FullyShardedDataParallelPlugin` refuses `sync_module_states` without an accelerator, and FSDP 1 refuses
+   to offload from CPU to CPU: the rehearsal configs leave both off.
+4. On CPUs with AVX512-BF16, bitsandbytes repacks the 4-bit weights in place at the first evaluation. Under FSDP the
+   packed bytes then meet code that expects the usual order, and every later loss is wrong.
+"""
+
+import os
+import runpy
+import sys
+
+
+def enable() -> None:
+    """Patch Accelerate and bitsandbytes in this process so that FSDP runs on CPU.
+
+    Call it before anything creates an `Accelerator` or loads a 4-bit model.
+
+    Raises:
+        RuntimeError: an accelerator is visible. Use the real configuration there.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "This machine has a CUDA device, and the rehearsal is for machines without one. "
+            "Launch with configs/accelerate/config_fsdp.yaml instead, or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
+        )
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # read by TrainingArguments and AcceleratorState
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # 2: `cpu`, not `cpu:0`
+    _join_the_gloo_group_by_default()
+    _let_accelerate_choose_fsdp()
+    _keep_four_bit_weights_in_order()
+
+
+def _join_the_gloo_group_by_default() -> None:
+    from accelerate import PartialState
+
+    plain_init = PartialState.__init__
+
+    def init(self, cpu=True, **kwargs):
+        plain_init(self, cpu=True, **kwargs)
+
+    PartialState.__init__ = init
+
+
+def _let_accelerate_choose_fsdp() -> None:
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    plain_init = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def _keep_four_bit_weights_in_order() -> None:
+    import bitsandbytes.nn.modules as modules
+
+    modules.has_avx512bf16 = lambda: False
+
+
+def main() -> None:
+    """Enable the rehearsal, then run the script named on the command line as `__main__`."""
+    if len(sys.argv) < 2:
+        raise SystemExit("nbutils.rehearsal: name the script to run: -m nbutils.rehearsal SCRIPT.py [arguments]")
+    enable()
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
