@@ -1,0 +1,121 @@
+"""The first line of every notebook: `from nbutils.course import start; start()`; and where runs are kept."""
+
+import logging
+import os
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = Path("runs")
+
+# Messages that are true and that no reader can act on: (logger, how the message begins).
+NOISE = [
+    # bitsandbytes looks for an optional faster CPU kernel, and falls back to its own.
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
+    # The first import of matplotlib on a fresh machine.
+    ("matplotlib.font_manager", "Matplotlib is building the font cache"),
+]
+# Libraries whose FutureWarnings concern calls between libraries, not a line that the reader wrote.
+FUTURE_WARNINGS_OF = r"(transformers|accelerate|peft|trl|datasets|bitsandbytes|torch)(\.|$)"
+
+
+def start() -> None:
+    """Go to the repository's root and quiet what a reader cannot act on.
+
+    Paths in the notebooks are relative to the root, in JupyterLab as under papermill.
+
+    Raises:
+        FileNotFoundError: the package is installed without its repository.
+    """
+    go_to_root()
+    quiet()
+
+
+def go_to_root() -> Path:
+    """Make the root of the repository the working directory.
+
+    Returns:
+        The root, absolute.
+
+    Raises:
+        FileNotFoundError: the package is installed without its repository.
+    """
+    if not (ROOT / "configs" / "accelerate").is_dir():
+        raise FileNotFoundError(
+            f"nbutils was imported from {ROOT}, where the course's configs/ folder is missing. "
+            "Install the clone itself: pip install --editable . in the root of the repository."
+        )
+    os.chdir(ROOT)
+    return ROOT
+
+
+def quiet() -> None:
+    """Drop the known noise of third-party packages, by its exact words; every other warning stays."""
+    for logger, beginning in NOISE:
+        logging.getLogger(logger).addFilter(_without(beginning))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=FUTURE_WARNINGS_OF)
+    # Read when the libraries are imported; a bar that redraws itself becomes debris in a saved notebook.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Tokenizers warn when a process that has used their threads forks; a launch does.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _without(beginning: str):
+    return lambda record: not str(record.msg).startswith(beginning)
+
+
+def new_run_dir(given: str | Path = "") -> Path:
+    """The folder of a new run: the one given, or `runs/<UTC time>`, and then `runs/latest` points to it.
+
+    Args:
+        given: the `run_dir` parameter of a notebook; empty means a new folder.
+
+    Returns:
+        The folder, which exists, relative to the root of the repository.
+    """
+    if given:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        return Path(given)
+    name = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    folder, tries = RUNS / name, 1
+    while folder.exists():  # two runs within a second
+        tries += 1
+        folder = RUNS / f"{name}-{tries}"
+    folder.mkdir(parents=True)
+    point_latest_to(folder)
+    return folder
+
+
+def point_latest_to(folder: Path) -> None:
+    """Let the link `latest`, beside the run's folder, point to it; a reader never meets a missing link.
+
+    Args:
+        folder: the run's folder.
+    """
+    fresh = folder.parent / f".latest-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name, target_is_directory=True)
+    fresh.replace(folder.parent / "latest")  # rename is atomic
+
+
+def latest(given: str | Path = "") -> Path:
+    """The folder of the run to look at: the one given, or the one `runs/latest` points to.
+
+    Args:
+        given: the `run_dir` parameter of a notebook; empty means the latest run.
+
+    Returns:
+        The folder, relative to the root of the repository.
+
+    Raises:
+        FileNotFoundError: there is no run yet.
+    """
+    folder = Path(given) if given else RUNS / "latest"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} does not exist: there is no run to look at. Run notebooks/04_write_and_launch.ipynb first, "
+            "or type: make tutorial"
+        )
+    return folder if given else RUNS / folder.resolve().name

@@ -1,0 +1,446 @@
+"""Start a script on several ranks with `accelerate launch`, follow it, and end every rank when it must end.
+
+Run from a notebook cell or a terminal alike. A shell command in a cell (`!accelerate launch ...`) hides a failing exit
+status, mixes the tracebacks of all ranks, and leaves ranks behind after an interrupt: torchrun gives each rank a session
+of its own, which the terminal's Ctrl-C does not reach.
+"""
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from nbutils.course import ROOT
+from nbutils.progress import read_progress
+
+POLL = 0.25  # seconds between two looks at the run
+GRACE = 3.0  # seconds a rank has to end by itself before it is killed
+REHEARSAL = "nbutils.rehearsal"
+
+
+class LaunchFailed(RuntimeError):
+    """A launch did not end well; the message is the first failing rank's own error.
+
+    Attributes:
+        rank: the rank that failed first, or None if no rank had begun.
+        error: its error, the last lines of its traceback.
+        log: the file with the output of all ranks.
+        returncode: the exit status of `accelerate launch`; None after a time-out.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        log: Path,
+        rank: int | None = None,
+        error: str = "",
+        returncode: int | None = None,
+    ):
+        super().__init__(message)
+        self.log, self.rank, self.error, self.returncode = log, rank, error, returncode
+
+
+@dataclass
+class LaunchResult:
+    """What a launch that ended well leaves: its command, its log, its seconds, and its progress lines."""
+
+    command: str
+    log: Path
+    seconds: float
+    progress: list[dict] = field(default_factory=list, repr=False)
+
+
+def choose_config(fsdp_version: int = 1, rehearsal: bool | None = None) -> Path:
+    """The file for `accelerate launch` that fits this machine.
+
+    Args:
+        fsdp_version: 1 or 2.
+        rehearsal: True for a machine without GPUs; None means to look.
+
+    Returns:
+        A path under `configs/accelerate`, relative to the root of the repository.
+
+    Raises:
+        ValueError: another version of FSDP is asked for.
+    """
+    if fsdp_version not in (1, 2):
+        raise ValueError(f"fsdp_version is {fsdp_version!r}; it must be 1 or 2.")
+    rehearsal = no_accelerator() if rehearsal is None else rehearsal
+    if rehearsal:
+        return Path(f"configs/accelerate/rehearsal_fsdp{fsdp_version}.yaml")
+    return Path(
+        "configs/accelerate/config_fsdp.yaml" if fsdp_version == 1 else "configs/accelerate/config_fsdp2.yaml"
+    )
+
+
+def no_accelerator() -> bool:
+    """Whether this machine shows no CUDA device; asks the driver and creates no CUDA context in this process."""
+    import torch
+
+    return torch.cuda.device_count() == 0
+
+
+def launch(
+    script: str | Path,
+    args: list[str],
+    config: str | Path,
+    *,
+    log: str | Path,
+    rehearsal: bool | None = None,
+    module: str | None = None,
+    num_processes: int | None = None,
+    output_dir: str | Path | None = None,
+    timeout: float = 3600,
+    show: bool = True,
+    live: bool = False,
+) -> LaunchResult:
+    """Run a script on several ranks with `accelerate launch`, and wait for the end.
+
+    Args:
+        script: the training script.
+        args: its arguments.
+        config: YAML file for `accelerate launch`.
+        log: file for the output of all ranks, each line with its rank; its folder is made if missing. The output
+            of each rank on its own, and its error, go into a folder beside it.
+        rehearsal: run real FSDP on the CPU (see `nbutils.rehearsal`); None means: if no CUDA device is seen.
+        module: a Python module that runs the script in place of `nbutils.rehearsal`.
+        num_processes: ranks; None means what the file says.
+        output_dir: folder where the script writes `progress.jsonl`; without it only the time passed is shown.
+        timeout: seconds after which every rank is ended.
+        show: print the command and show a progress line.
+        live: draw the loss while the script trains, in Jupyter.
+
+    Returns:
+        The command, the log, the seconds and the progress lines.
+
+    Raises:
+        LaunchFailed: the exit status was not zero, or the time was up.
+        KeyboardInterrupt: passed on after every rank has been ended.
+    """
+    rehearsal = no_accelerator() if rehearsal is None else rehearsal
+    module = module or (REHEARSAL if rehearsal else None)
+    log = Path(log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rank_logs = log.with_name(log.stem + "_ranks") / time.strftime("%H%M%S", time.gmtime())
+    command = launch_command(script, args, config, module, num_processes)
+    words = command[:2] + ["--log_dir", str(rank_logs), "--tee", "3"] + command[2:]
+    if show:
+        print(copyable(command), flush=True)
+
+    seen_before = len(read_progress(output_dir)) if output_dir else 0
+    display = _Display(show, live)
+    started = time.monotonic()
+    ranks = _Family()
+    with log.open("w") as out:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *words[2:]],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+            },
+            start_new_session=True,  # a Ctrl-C reaches us alone, and we end the ranks in order
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            while launcher.poll() is None:
+                ranks.look(launcher.pid)
+                seconds = time.monotonic() - started
+                display.update(_new_lines(output_dir, seen_before), seconds)
+                if seconds > timeout:
+                    raise LaunchFailed(
+                        f"The launch had not ended after {timeout:g} s, and all its ranks were ended. Allow it more "
+                        f"with timeout=..., or see in the log where it stands: {log}",
+                        log=log,
+                    )
+                time.sleep(POLL)
+        finally:
+            ranks.end(launcher)
+    progress = _new_lines(output_dir, seen_before)
+    seconds = time.monotonic() - started
+    display.close(progress, seconds, ok=launcher.returncode == 0)
+    if launcher.returncode != 0:
+        raise first_failure(log, rank_logs, launcher.returncode)
+    return LaunchResult(copyable(command), log, seconds, progress)
+
+
+def launch_command(
+    script: str | Path,
+    args: list[str],
+    config: str | Path,
+    module: str | None = None,
+    num_processes: int | None = None,
+) -> list[str]:
+    """The words of the command line, as a reader would type it; port 0 means any free port."""
+    words = ["accelerate", "launch", "--config_file", str(config), "--main_process_port", "0"]
+    if num_processes is not None:
+        words += ["--num_processes", str(num_processes)]
+    if module:
+        words += ["-m", module]
+    return words + [str(script), *map(str, args)]
+
+
+def copyable(command: list[str]) -> str:
+    """A command line in lines of at most about 100 characters that a shell accepts as one."""
+    lines, line = [], ""
+    for word, following in zip(command, [*command[1:], ""]):
+        piece = shlex.quote(word)
+        pair = f"{piece} {shlex.quote(following)}" if word.startswith("-") else piece
+        if line and len(line) + len(pair) > 98:
+            lines.append(line)
+            line = "    " + piece
+        else:
+            line = f"{line} {piece}" if line else piece
+    return " \\\n".join([*lines, line])
+
+
+# ---- the end of all ranks -------------------------------------------------------------------------------------------
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Runs in the launcher before it begins: if the kernel of the notebook dies, the launcher gets SIGTERM."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class _Family:
+    """Every process that the launcher has started, directly or not, as long as it lives."""
+
+    def __init__(self):
+        self.members: dict[int, psutil.Process] = {}
+
+    def look(self, pid: int) -> None:
+        """Remember the descendants that are alive now: after the launcher's death nobody can list them."""
+        try:
+            for child in psutil.Process(pid).children(recursive=True):
+                self.members.setdefault(child.pid, child)
+        except psutil.NoSuchProcess:
+            pass
+
+    def end(self, launcher: subprocess.Popen) -> None:
+        """End the launcher and every rank: ask first, kill after `GRACE` seconds."""
+        with _without_interrupts():
+            self.look(launcher.pid)
+            for pid in list(self.members):
+                self.look(pid)
+            living = [member for member in self.members.values() if member.is_running()]
+            if launcher.poll() is None:
+                living.append(psutil.Process(launcher.pid))
+            for signal_, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+                for process in living:
+                    try:
+                        process.send_signal(signal_)  # psutil checks that the id is still the same process
+                    except psutil.NoSuchProcess:
+                        continue
+                _, living = psutil.wait_procs(living, timeout=patience)
+            launcher.wait()
+
+
+@contextmanager
+def _without_interrupts():
+    """A second, impatient Ctrl-C must not stop the clearing up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- which rank failed first ----------------------------------------------------------------------------------------
+
+_FAILED = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) \(pid: (\d+)\)")
+_ENDED_BY_AGENT = re.compile(r"Sending process (\d+) closing signal")
+
+
+def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
+    """Find out which rank failed first, and with what.
+
+    torchrun ends the other ranks when one has failed, and ranks that wait for a dead one raise errors of their own: the
+    last traceback in a log is seldom the cause. A rank that was killed from outside comes first; else the rank whose
+    error was written first.
+
+    Args:
+        log: the output of all ranks.
+        rank_logs: the `--log_dir` of the launch, with `error.json` and `stderr.log` for each rank.
+        returncode: the exit status of `accelerate launch`.
+
+    Returns:
+        The exception to raise.
+    """
+    text = log.read_text(errors="replace")
+    ended_by_agent = {int(pid) for pid in _ENDED_BY_AGENT.findall(text)}
+    exits = {int(rank): (int(code), int(pid)) for rank, code, pid in _FAILED.findall(text)}
+    where = f"The log of all ranks: {log}"
+
+    for rank, (code, pid) in sorted(exits.items()):
+        if code < 0 and pid not in ended_by_agent and -code not in (signal.SIGABRT, signal.SIGTERM):
+            name = signal.Signals(-code).name
+            hint = " The kernel does this when host memory runs out." if -code == signal.SIGKILL else ""
+            error = f"Rank {rank} was killed by signal {-code} ({name}).{hint}"
+            return LaunchFailed(f"{error}\n{where}", log=log, rank=rank, error=error, returncode=returncode)
+
+    errors = []  # (time, rank, message, place)
+    for folder in (path for path in rank_logs.glob("*/attempt_*/*") if path.name.isdigit()):
+        rank = int(folder.name)
+        if (folder / "error.json").exists():
+            errors.append(
+                ((folder / "error.json").stat().st_mtime_ns, rank, *_recorded(folder / "error.json"))
+            )
+        elif rank in exits and exits[rank][1] not in ended_by_agent and (folder / "stderr.log").exists():
+            tail = _last_words((folder / "stderr.log").read_text(errors="replace"))
+            errors.append(((folder / "stderr.log").stat().st_mtime_ns, rank, tail, ""))
+    if errors:
+        _, rank, error, place = min(errors)
+        message = f"Rank {rank} failed first:\n{error}\n{place}{where}"
+        return LaunchFailed(message, log=log, rank=rank, error=error, returncode=returncode)
+    error = _last_words(text)
+    message = f"accelerate launch ended with exit status {returncode} before any rank reported an error:\n{error}\n{where}"
+    return LaunchFailed(message, log=log, error=error, returncode=returncode)
+
+
+def _recorded(path: Path) -> tuple[str, str]:
+    """The error that `torch.distributed.elastic`'s `record` wrote, and the place in the code where it arose."""
+    message = json.loads(path.read_text())["message"]
+    if isinstance(message, str):
+        return message, ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', message["extraInfo"]["py_callstack"])
+    if not frames:
+        return message["message"], ""
+    file, line, function = frames[-1]
+    return message["message"], f"  in {function}(), {_short(file)}, line {line}\n"
+
+
+def _short(path: str) -> str:
+    """A path without what is private to this machine."""
+    if "site-packages/" in path:
+        return path.rsplit("site-packages/")[-1]
+    return os.path.relpath(path, ROOT) if path.startswith(str(ROOT)) else Path(path).name
+
+
+def _last_words(text: str) -> str:
+    """The last error of a text: from the last line that is no part of a traceback's frames, or its last lines."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    for number in range(len(lines) - 1, -1, -1):
+        if re.match(r"(\[rank \d+\] ?:?)?\s*[\w.]+(Error|Exception|Exit|Interrupt|Failed)\b", lines[number]):
+            return "\n".join(lines[number : number + 10])
+    return "\n".join(lines[-5:]) or "(it printed nothing)"
+
+
+# ---- what the reader sees -------------------------------------------------------------------------------------------
+
+
+def _new_lines(output_dir: str | Path | None, seen_before: int) -> list[dict]:
+    """The progress lines of this launch; an older run may have left its own in the same folder."""
+    lines = read_progress(output_dir) if output_dir else []
+    return lines[seen_before:] if len(lines) >= seen_before else lines
+
+
+def progress_line(lines: list[dict], seconds: float) -> str:
+    """One line: bar, step, loss, time left.
+
+    Args:
+        lines: what `read_progress` returned, oldest first.
+        seconds: since the launch.
+    """
+    if not lines:
+        return f"starting the ranks and loading the model ... {_clock(seconds)}"
+    step, steps = lines[-1]["step"], max(1, lines[-1]["max_steps"])
+    parts = [f"[{'#' * round(20 * step / steps):.<20}] step {step}/{steps}"]
+    for name, label in (("loss", "loss"), ("eval_loss", "held-out loss")):
+        values = [line[name] for line in lines if name in line]
+        if values:
+            parts.append(f"{label} {values[-1]:.4f}")
+    if 0 < step < steps:
+        parts.append(f"{_clock(lines[-1]['seconds'] / step * (steps - step))} left")
+    return " | ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Display:
+    """The progress line: one output that is rewritten in a notebook, one line in a terminal, the last state elsewhere."""
+
+    def __init__(self, show: bool, live: bool):
+        self.show, self.live = show, live
+        self.handle = None
+        self.last = 0.0
+        self.notebook = show and _in_notebook()
+
+    def update(self, lines: list[dict], seconds: float) -> None:
+        if not self.show or seconds - self.last < 1:
+            return
+        self.last = seconds
+        self._put(progress_line(lines, seconds), lines)
+
+    def close(self, lines: list[dict], seconds: float, ok: bool) -> None:
+        if not self.show:
+            return
+        text = progress_line(lines, seconds) if lines else ""
+        ending = f"{'finished' if ok else 'failed'} after {_clock(seconds)}"
+        self._put(f"{text} | {ending}" if text else ending, lines, final=True)
+
+    def _put(self, text: str, lines: list[dict], final: bool = False) -> None:
+        if self.notebook:
+            self._rewrite(text, lines, final)
+        elif sys.stdout.isatty():
+            print(f"\r\033[K{text}", end="\n" if final else "", flush=True)
+        elif final:
+            print(text, flush=True)
+
+    def _rewrite(self, text: str, lines: list[dict], final: bool) -> None:
+        from IPython.display import display
+
+        if self.live and not final:
+            text = f"{text}\n\n{_curve(lines)}"
+        bundle = {"text/plain": text}
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)
+
+
+def _in_notebook() -> bool:
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _curve(lines: list[dict], height: int = 8, width: int = 60) -> str:
+    """The training loss as a small chart of characters, which every front end shows."""
+    losses = [line["loss"] for line in lines if "loss" in line][-width:]
+    if len(losses) < 2:
+        return ""
+    low, high = min(losses), max(losses)
+    rows = [round((loss - low) / ((high - low) or 1) * (height - 1)) for loss in losses]
+    chart = ["".join("o" if row == level else " " for row in rows) for level in range(height - 1, -1, -1)]
+    chart[0] = f"{high:8.4f} |{chart[0]}"
+    chart[-1] = f"{low:8.4f} |{chart[-1]}"
+    return "\n".join([chart[0], *(f"{'':8} |{line}" for line in chart[1:-1]), chart[-1]])

@@ -1,0 +1,52 @@
+"""The training script stands once, as the `%%writefile` cell of notebook 04; here it is taken out."""
+
+from pathlib import Path
+
+import nbformat
+
+from nbutils.course import ROOT
+
+NOTEBOOK = ROOT / "notebooks" / "04_write_and_launch.ipynb"
+SCRIPT = "fine_tuning_FSDP_QLoRA.py"
+
+
+def script_text(notebook: Path = NOTEBOOK) -> str:
+    """The text of the script, exactly as the cell writes it.
+
+    Args:
+        notebook: the notebook that holds the cell.
+
+    Returns:
+        The cell without its first line.
+
+    Raises:
+        ValueError: the notebook has no `%%writefile` cell, or several.
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    found = [cell.source for cell in cells if cell.source.startswith("%%writefile")]
+    if len(found) != 1:
+        raise ValueError(
+            f"{notebook.name} has {len(found)} cells that begin with %%writefile; it must have exactly one, "
+            f"the one that writes {SCRIPT}."
+        )
+    _, _, body = found[0].partition("\n")
+    return body if body.endswith("\n") else body + "\n"
+
+
+def write_script(folder: str | Path, notebook: Path = NOTEBOOK) -> Path:
+    """Write the training script into a folder, as the cell of notebook 04 does.
+
+    Args:
+        folder: made if missing.
+        notebook: the notebook that holds the cell.
+
+    Returns:
+        The path of the script.
+
+    Raises:
+        ValueError: the notebook has no `%%writefile` cell, or several.
+    """
+    path = Path(folder) / SCRIPT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script_text(notebook))
+    return path

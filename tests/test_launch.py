@@ -1,0 +1,233 @@
+"""Real launches of tiny scripts: what a launch shows, what it says when a rank fails, and that no rank survives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from nbutils.course import ROOT
+from nbutils.launch import LaunchFailed, copyable, launch, launch_command, progress_line
+
+CONFIG = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
+pytestmark = pytest.mark.launch
+
+HEAD = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    rank = int(os.environ["RANK"])
+"""
+
+
+def script(folder, body, head=HEAD):
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(head) + textwrap.dedent(body))
+    return path
+
+
+def run(path, tmp_path, args=(), **options):
+    options = {"rehearsal": False, "timeout": 60, **options}
+    return launch(path, list(args), CONFIG, log=tmp_path / "launch.log", **options)
+
+
+def ranks_of(path):
+    """The processes on this machine whose command line names this script."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(path) in (process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_a_launch_runs_all_ranks_and_reads_their_progress(tmp_path, capsys):
+    path = script(
+        tmp_path,
+        """
+        dist.init_process_group("gloo")
+        assert dist.get_world_size() == 2
+        print("hello of", rank, sys.argv[1:])
+        if rank == 0:
+            with open(Path(sys.argv[2]) / "progress.jsonl", "a") as out:
+                for step in range(1, 4):
+                    out.write(json.dumps({"step": step, "max_steps": 3, "seconds": step, "loss": 4.0 - step}) + "\\n")
+        dist.barrier()
+        dist.destroy_process_group()
+        """,
+    )
+    (tmp_path / "progress.jsonl").write_text(
+        '{"step": 9, "max_steps": 9, "seconds": 1, "loss": 0.0}\n'
+    )  # an older run
+    result = run(path, tmp_path, ["--output_dir", str(tmp_path)], output_dir=tmp_path)
+
+    assert [line["loss"] for line in result.progress] == [3.0, 2.0, 1.0]
+    log = result.log.read_text()
+    assert "[rank 0]" in log and "[rank 1]" in log
+    assert f"hello of 1 ['--output_dir', '{tmp_path}']" in log
+    printed = capsys.readouterr().out
+    assert printed.startswith("accelerate launch --config_file")
+    assert "step 3/3 | loss 1.0000 | finished after" in printed
+    assert "\r" not in printed
+
+
+def test_the_first_failing_rank_is_named_with_its_own_error(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        @record
+        def main():
+            dist.init_process_group("gloo")
+            if rank == 1:
+                raise ValueError("the shard of rank 1 is damaged")
+            time.sleep(60)  # torchrun ends this rank with SIGTERM
+
+        main()
+        """,
+    )
+    with pytest.raises(LaunchFailed) as failed:
+        run(path, tmp_path)
+    message = str(failed.value)
+    assert message.startswith(
+        "Rank 1 failed first:\nValueError: the shard of rank 1 is damaged\n  in main(), script.py"
+    )
+    assert "SIGTERM" not in message
+    assert message.endswith(str(tmp_path / "launch.log"))
+    assert (failed.value.rank, failed.value.returncode) == (1, 1)
+    assert ranks_of(path) == []
+
+
+def test_a_later_error_of_a_rank_that_waited_does_not_hide_the_cause(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        @record
+        def main():
+            dist.init_process_group("gloo")
+            if rank == 1:
+                raise ValueError("the cause")
+            dist.barrier()  # fails because rank 1 is gone: the consequence
+
+        main()
+        """,
+    )
+    with pytest.raises(LaunchFailed, match=r"Rank 1 failed first:\nValueError: the cause"):
+        run(path, tmp_path)
+
+
+def test_a_script_that_records_nothing_and_exits_with_a_sentence(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        if rank == 1:
+            raise SystemExit("ConfigError: max_length is 0; it must be at least 8.")
+        time.sleep(60)
+        """,
+    )
+    with pytest.raises(LaunchFailed, match=r"Rank 1 failed first:\n.*max_length is 0"):
+        run(path, tmp_path)
+
+
+def test_a_rank_that_is_killed_from_outside_is_said_to_be(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        @record
+        def main():
+            dist.init_process_group("gloo")
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does when memory runs out
+            dist.barrier()
+
+        main()
+        """,
+    )
+    with pytest.raises(LaunchFailed, match=r"Rank 0 was killed by signal 9 \(SIGKILL\)"):
+        run(path, tmp_path)
+
+
+def test_a_launch_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(LaunchFailed, match=r"can't open file .*missing\.py"):
+        run(tmp_path / "missing.py", tmp_path)
+
+
+def test_a_time_out_ends_every_rank_even_one_that_ignores_sigterm(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path(sys.argv[1], f"ready{rank}").touch()
+        time.sleep(600)
+        """,
+    )
+    with pytest.raises(LaunchFailed, match="had not ended after 8 s"):
+        run(path, tmp_path, [str(tmp_path)], timeout=8)
+    assert len(list(tmp_path.glob("ready*"))) == 2  # both had begun
+    assert ranks_of(path) == []
+
+
+LAUNCHER = """
+import sys
+from nbutils.launch import launch
+launch(sys.argv[1], [sys.argv[2]], sys.argv[3], log=sys.argv[2] + "/launch.log", rehearsal=False)
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kernel dies"])
+def test_no_rank_outlives_the_process_that_launched_it(tmp_path, ending):
+    path = script(
+        tmp_path,
+        """
+        Path(sys.argv[1], f"ready{rank}").touch()
+        time.sleep(600)
+        """,
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(path), str(tmp_path), str(CONFIG)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
+    assert len(ranks_of(path)) >= 3  # this process, two ranks
+
+    parent.send_signal(ending)
+    wait_until(lambda: ranks_of(path) == [], 10)
+    _, errors = parent.communicate(timeout=10)
+    if ending == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still waiting after {seconds} s"
+        time.sleep(0.1)
+
+
+def test_the_printed_command_is_one_command_for_a_shell():
+    words = launch_command(
+        "a b.py", ["--model", "x" * 60, "--note", "it's"], "c.yaml", "nbutils.rehearsal", 2
+    )
+    text = copyable(words)
+    assert "\\\n" in text
+    heard = subprocess.run(
+        ["bash", "-c", text.replace("accelerate", "printf '%s\\0'", 1)], capture_output=True, text=True
+    )
+    assert heard.stdout.split("\0")[:-1] == words[1:]
+
+
+def test_the_progress_line_tells_step_loss_and_time_left():
+    lines = [
+        {"step": 0, "max_steps": 8, "seconds": 0.0},
+        {"step": 2, "max_steps": 8, "seconds": 30.0, "loss": 5.5},
+    ]
+    assert progress_line(lines, 40) == "[#####...............] step 2/8 | loss 5.5000 | 1:30 left"
+    assert progress_line([], 61).endswith("1:01")
