@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp.wrap import _Policy, _post_order_apply, _recursive_wrap
+from transformers import Trainer
 
 # What FSDP 1 says, word for word, so that a reader who saw the error finds it here. tests/test_preflight.py compares.
 INTEGER = "Cannot flatten integer dtype tensors"
@@ -368,3 +370,28 @@ def _short(dtype: torch.dtype) -> str:
     names = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
     name = str(dtype).removeprefix("torch.")
     return names.get(name, name)
+
+
+def preflight_trainer(trainer: Trainer) -> Report | None:
+    """Run the preflight on a trainer that has not wrapped its model yet, and stop if FSDP would refuse it.
+
+    Args:
+        trainer: a constructed trainer; by then TRL has cast the adapter to the dtype it will train in.
+
+    Returns:
+        The report, or None if the run is not under FSDP.
+
+    Raises:
+        PreflightError: FSDP would refuse the model, or spoil it; the message names the parameter and the mend.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return None
+    if plugin.fsdp_version == 1:
+        policy = fsdp_auto_wrap_policy(trainer.model)  # the Trainer sets this one for a PEFT model
+    else:
+        plugin.set_auto_wrap_policy(trainer.model)
+        policy = plugin.auto_wrap_policy
+    report = preflight(trainer.model, policy, plugin.fsdp_version, bool(plugin.use_orig_params))
+    report.raise_if_bad()
+    return report
