@@ -38,7 +38,7 @@ def enable() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # 2: `cpu`, not `cpu:0`
     _join_the_gloo_group_by_default()
     _let_accelerate_choose_fsdp()
-    _keep_four_bit_weights_in_order()
+    keep_four_bit_weights_in_order()
 
 
 def _join_the_gloo_group_by_default() -> None:
@@ -70,7 +70,8 @@ def _let_accelerate_choose_fsdp() -> None:
     AcceleratorState.__init__ = init
 
 
-def _keep_four_bit_weights_in_order() -> None:
+def keep_four_bit_weights_in_order() -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for CPUs with AVX512-BF16; call it before a model is loaded."""
     import bitsandbytes.nn.modules as modules
 
     modules.has_avx512bf16 = lambda: False
