@@ -1,0 +1,306 @@
+"""The runner: parameters are refused before anything runs, runs leave what repeats them, failures are shown."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from nbutils import parameters, runner
+from nbutils.__main__ import main
+from nbutils.course import ROOT
+
+PARAMETERS = """\
+model: str = "tiny"  # the tiny base, a folder, or a hub id
+dataset: str = "README.md"  # file or hub id
+learning_rate: float = 1.0e-3  # of the adapter
+max_steps: int = 4  # optimizer steps; -1 means whole epochs
+packing: bool = False  # put several examples into one row
+fsdp_version: int = 1  # 1 or 2
+heldout_dataset: str | None = None  # None splits a share off
+run_dir: str = ""  # filled in by the runner
+"""
+
+
+def write_notebook(folder, name, *sources, cell=PARAMETERS):
+    first = new_code_cell(cell, metadata={"tags": ["parameters"]})
+    notebook = new_notebook(cells=[new_markdown_cell(f"# {name}"), first, *map(new_code_cell, sources)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Two small notebooks, and a run of them: `series(...)` calls the command line and returns the exit status."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write_notebook(folder, "00_first", "print('first', max_steps)", "x = 1")
+    write_notebook(folder, "01_second", "print('second', model)", cell='model: str = "tiny"  # which\n')
+
+    def run(*arguments, run_dir=tmp_path / "run"):
+        words = ["run", "--notebooks", str(folder), "--run-dir", str(run_dir), *map(str, arguments)]
+        return main(words)
+
+    run.folder, run.run_dir = folder, tmp_path / "run"
+    return run
+
+
+def params(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    return path
+
+
+BAD = {
+    "unknown name": (
+        "max_step: 20",
+        "max_step: no notebook has a parameter of this name. Did you mean max_steps?",
+    ),
+    "unknown name, nothing near": (
+        "zebra: 1",
+        "zebra: no notebook has a parameter of this name. Known: dataset, ",
+    ),
+    "exponent without a point": ("learning_rate: 1e-4", "YAML reads 1e-4 as text; write 1.0e-4."),
+    "quoted false": (
+        "packing: 'false'",
+        "packing: found 'false' (str), wanted bool. Write false without quotes.",
+    ),
+    "number for bool": ("packing: 1", "packing: found 1 (int), wanted bool."),
+    "bool for int": ("max_steps: yes", "max_steps: found True (bool), wanted int."),
+    "float for int": ("max_steps: 2.5", "max_steps: found 2.5 (float), wanted int."),
+    "text for int": ("max_steps: many", "max_steps: found 'many' (str), wanted int."),
+    "number for text": ("model: 70", "model: found 70 (int), wanted str."),
+    "list for text": ("model: [a, b]", "model: found ['a', 'b'] (list), wanted str."),
+    "null where none is allowed": ("model:", "model: found None (NoneType), wanted str."),
+    "missing data file": (
+        "dataset: data/my_own.jsonl",
+        "dataset: there is no file or folder data/my_own.jsonl.",
+    ),
+    "missing model folder": ("model: ./models/llama", "model: there is no file or folder ./models/llama."),
+    "outside its limits": ("fsdp_version: 3", "fsdp_version: found 3, and it must be 1 or 2."),
+    "no steps": ("max_steps: 0", "max_steps: found 0, and it must be at least 1, or -1 for whole epochs."),
+    "name given twice": ("max_steps: 3\nmax_steps: 4", "cannot be read as YAML: max_steps is given twice"),
+    "no YAML": ("model: [tiny", "cannot be read as YAML: "),
+    "no mapping": ("- max_steps", "must hold lines `name: value`; found list."),
+}
+
+
+@pytest.mark.parametrize("text, sentence", BAD.values(), ids=BAD.keys())
+def test_bad_parameters_are_refused_before_anything_runs(series, tmp_path, capsys, text, sentence):
+    assert series("--params", params(tmp_path, text)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not series.run_dir.exists()
+
+
+def test_a_missing_parameters_file_is_refused_with_the_nearest_name(series, tmp_path, capsys):
+    params(tmp_path, "")
+    assert series("--params", tmp_path / "parms.yaml") == 2
+    assert f"There is no parameters file {tmp_path}/parms.yaml. Did you mean {tmp_path}/params.yaml?" in (
+        capsys.readouterr().err
+    )
+
+
+def test_every_fault_is_named_at_once_and_within_seconds_of_typing(tmp_path):
+    path = params(tmp_path, "max_stepz: 3\nlearnin_rate: 1\n")
+    words = [
+        sys.executable,
+        "-m",
+        "nbutils",
+        "run",
+        "--params",
+        str(path),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    write_notebook(tmp_path, "00_first", "1 / 0")
+    done = subprocess.run([*words, "--notebooks", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "Did you mean max_steps?" in done.stderr and "Did you mean learning_rate?" in done.stderr
+
+
+def test_a_notebook_number_that_does_not_exist_is_refused(series, capsys):
+    assert series("--only", "00,09") == 2
+    assert "There is no notebook 09" in capsys.readouterr().err
+
+
+BROKEN_CONTRACTS = {
+    "no annotation": "max_steps = 4",
+    "a call": "max_steps: int = int(4)",
+    "two equal signs": "a = b = 4",
+    "an import": "import os",
+    "an unknown type": "max_steps: Steps = 4",
+    "a default of another type": 'max_steps: int = "4"',
+}
+
+
+@pytest.mark.parametrize("cell", BROKEN_CONTRACTS.values(), ids=BROKEN_CONTRACTS.keys())
+def test_a_notebook_that_breaks_the_contract_is_refused(series, capsys, cell):
+    write_notebook(series.folder, "02_third", cell=cell)
+    assert series() == 2
+    assert "02_third.ipynb, parameters cell" in capsys.readouterr().err
+    assert not series.run_dir.exists()
+
+
+def test_one_name_has_one_type_in_the_whole_series(series, capsys):
+    write_notebook(series.folder, "02_third", cell="model: int = 4")
+    assert series() == 2
+    assert "model: 00_first.ipynb declares it as str, 02_third.ipynb as int." in capsys.readouterr().err
+
+
+def test_a_parameter_on_the_command_line_takes_the_type_that_is_declared():
+    contract = parameters.parse_cell(PARAMETERS, "x.ipynb")
+    typed = {
+        "packing": "false",
+        "learning_rate": "1e-4",
+        "max_steps": "20",
+        "model": "1234",
+        "heldout_dataset": "null",
+    }
+    values = {name: parameters.from_command_line(name, text, [contract]) for name, text in typed.items()}
+    assert values == {
+        "packing": False,
+        "learning_rate": 1e-4,
+        "max_steps": 20,
+        "model": "1234",
+        "heldout_dataset": None,
+    }
+
+
+def test_the_help_of_a_parameter_is_its_comment():
+    contract = parameters.parse_cell(PARAMETERS, "x.ipynb")
+    assert contract["max_steps"].help == "optimizer steps; -1 means whole epochs"
+    assert (contract["learning_rate"].default, contract["learning_rate"].type) == (1e-3, float)
+
+
+@pytest.mark.notebook
+def test_a_run_leaves_what_is_needed_to_repeat_it(series, tmp_path, capsys):
+    assert series("--params", params(tmp_path, "model: README.md"), "-p", "max_steps", "7") == 0
+
+    run = series.run_dir
+    assert yaml.safe_load((run / "params.yaml").read_text()) == {"model": "README.md", "max_steps": 7}
+    assert json.loads((run / "versions.json").read_text())["versions"]["papermill"]
+    first = nbformat.read(run / "00_first.ipynb", as_version=4)
+    assert [output.text for cell in first.cells for output in cell.get("outputs", [])] == ["first 7\n"]
+    assert f'run_dir = "{run}"' in first.cells[2].source  # injected, because the notebook declares it
+    second = nbformat.read(run / "01_second.ipynb", as_version=4)
+    assert "run_dir" not in "".join(cell.source for cell in second.cells)
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert [(n["name"], n["status"], n["code_cells"], n["executed_cells"]) for n in summary["notebooks"]] == [
+        ("00_first", "ok", 4, 4),
+        ("01_second", "ok", 3, 3),
+    ]
+    assert set(summary) == {"notebooks", "training", "adapter", "versions", "commit"}
+    printed = capsys.readouterr().out
+    assert "01_second" in printed and "\r" not in printed
+
+
+@pytest.mark.notebook
+def test_a_failing_cell_stops_the_run_and_is_shown(series, capsys):
+    write_notebook(series.folder, "00_first", "print('so far')", "1 / 0  # here", "print('never')")
+    assert series() == 1
+    printed = capsys.readouterr()
+    assert "00_first.ipynb: cell In [4] failed with ZeroDivisionError: division by zero" in printed.err
+    assert "    1 / 0  # here" in printed.err
+    kept = nbformat.read(series.run_dir / "00_first.ipynb", as_version=4)
+    assert "so far\n" in [
+        output.text for cell in kept.cells for output in cell.get("outputs", []) if "text" in output
+    ]
+    summary = json.loads((series.run_dir / "summary.json").read_text())
+    assert [notebook["status"] for notebook in summary["notebooks"]] == ["failed", "not run"]
+
+
+@pytest.mark.notebook
+def test_a_cell_that_takes_too_long_ends_the_run_and_its_ranks(series, tmp_path, capsys):
+    script = tmp_path / "sleeper.py"
+    script.write_text("import sys, pathlib, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)")
+    cell = (
+        "from nbutils.launch import launch\n"
+        f"launch({str(script)!r}, [{str(tmp_path / 'ready')!r}], 'configs/accelerate/rehearsal_fsdp1.yaml', "
+        f"log={str(tmp_path / 'log')!r}, rehearsal=False)"
+    )
+    write_notebook(series.folder, "00_first", cell)
+    assert series("--cell-timeout", "12") == 1
+    assert "CellTimeoutError in this cell:\n    from nbutils.launch import launch" in capsys.readouterr().err
+    assert (tmp_path / "ready").exists()
+    end = time.monotonic() + 10
+    while any(str(script) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < end, "a rank is left"
+        time.sleep(0.2)
+
+
+@pytest.mark.notebook
+def test_an_interrupt_on_the_terminal_ends_the_series_and_its_ranks(series, tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text("import sys, pathlib, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)")
+    cell = (
+        "from nbutils.launch import launch\n"
+        f"launch({str(script)!r}, [{str(tmp_path / 'ready')!r}], 'configs/accelerate/rehearsal_fsdp1.yaml', "
+        f"log={str(tmp_path / 'log')!r}, rehearsal=False)"
+    )
+    write_notebook(series.folder, "00_first", cell)
+    words = [sys.executable, "-m", "nbutils", "run", "--notebooks", str(series.folder)]
+    running = subprocess.Popen(
+        [*words, "--run-dir", str(series.run_dir)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end and running.poll() is None
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)  # what Ctrl-C does
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130 and "Interrupted." in errors
+    end = time.monotonic() + 10
+    while any(str(script) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < end, "a rank is left"
+        time.sleep(0.2)
+
+
+@pytest.mark.notebook
+def test_a_run_without_the_promised_adapter_fails(series, capsys):
+    write_notebook(series.folder, "04_write_and_launch", "print('I trained nothing')")
+    assert series("--only", "04") == 1
+    assert (
+        "train/run.json says nothing about adapter: path, tensors, sha256, verified."
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.notebook
+def test_going_on_from_a_notebook_keeps_the_folder_and_its_parameters(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write_notebook(folder, "00_first", "x = 1")
+    write_notebook(folder, "01_second", "print(max_steps)")
+    monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr("nbutils.course.RUNS", tmp_path / "runs")
+    run = runner.run_series(params(tmp_path, "max_steps: 9"), folder=folder)
+    assert (tmp_path / "runs/latest").resolve() == run.resolve()
+    assert runner.run_series(begin="01", folder=folder).resolve() == run.resolve()
+    again = nbformat.read(run / "01_second.ipynb", as_version=4)
+    assert again.cells[-1].outputs[0].text == "9\n"
+
+
+def test_the_summary_names_every_part_that_is_missing():
+    entry = runner.Entry("04_write_and_launch", None, {}, status="ok")
+    summary = runner.summarise([entry], ROOT / "no_such_run")
+    assert len(runner.what_is_missing(summary)) == 3
+    complete = {
+        "notebooks": [{"name": "04_write_and_launch", "status": "ok", "code_cells": 3, "executed_cells": 3}],
+        "training": dict.fromkeys(runner.TRAINING, 1),
+        "adapter": {"path": "x", "tensors": 56, "sha256": "0", "verified": True},
+    }
+    assert runner.what_is_missing(complete) == []
+    complete["notebooks"][0]["executed_cells"] = 2
+    assert "2 of 3 code cells" in runner.what_is_missing(complete)[0]
