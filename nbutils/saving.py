@@ -123,7 +123,8 @@ def verify_adapter(
         whole = _tensor_from_rank_0(tensors.get(key), shape, dtype)
         if problem is None:  # the sending goes on to the end, or the other ranks would wait
             problem = _difference(key, pieces[key], whole, folder)
-    agree(problem or _first_hole(pieces, layout), AdapterMismatch)
+    agree(problem, AdapterMismatch)
+    agree(_first_hole(pieces, layout), AdapterMismatch)
     return {
         "tensors": len(layout),
         "elements": sum(torch.Size(shape).numel() for shape, _ in layout.values()),

@@ -253,7 +253,7 @@ def _parameters_outside_fsdp1(model: torch.nn.Module, adapter_name: str) -> Iter
     for name, parameter in model.named_parameters():
         name = _clean(model, name)
         key = file_key(name, adapter_name)
-        if key is not None and name not in in_units:
+        if key is not None and name not in in_units and not name.endswith("_flat_param"):
             yield key, parameter
 
 
