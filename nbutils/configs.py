@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+from nbutils.needs import MODELS, gpu_gib
 
 RECIPE = Path("configs/accelerate/config_fsdp.yaml")
 RECIPE_FSDP2 = Path("configs/accelerate/config_fsdp2.yaml")
@@ -101,6 +103,37 @@ def variant(file: str | Path, folder: str | Path, **changes: object) -> Path:
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".yaml", delete=False, encoding="utf-8") as copy:
         yaml.safe_dump(content, copy)
     return Path(copy.name)
+
+
+def for_machine(gpus: int, vram_gib: float, model: str = "llama31_70b") -> ClusterConfig:
+    """A config for this many GPUs of this size: the recipe's, with offload only if the shards do not fit.
+
+    Args:
+        gpus: number of GPUs in this machine; one process each.
+        vram_gib: memory of the smallest of them, as nvidia-smi shows it, in GiB.
+        model: a name in nbutils.needs.MODELS.
+
+    Returns:
+        Accelerate's own config object; `to_yaml_file` writes it.
+
+    Raises:
+        ValueError: fewer than two GPUs, or too little memory even with offload.
+    """
+    if gpus < 2:
+        raise ValueError(
+            f"Found {gpus} GPU, wanted at least 2: FSDP shards over several. One GPU needs no FSDP: plain QLoRA with "
+            "PEFT's own prep runs there, and the rehearsal configs run this course without any."
+        )
+    sizes = MODELS[model]
+    if gpu_gib(sizes, gpus, offload=True) > vram_gib:
+        raise ValueError(
+            f"{model} needs about {gpu_gib(sizes, gpus, offload=True):.1f} GiB a GPU even with offload, found "
+            f"{vram_gib:.1f} GiB. Take a smaller model or GPUs with more memory."
+        )
+    config = load_config_from_file(str(RECIPE))
+    config.num_processes = gpus
+    config.fsdp_config["fsdp_offload_params"] = gpu_gib(sizes, gpus, offload=False) > vram_gib
+    return config
 
 
 @contextlib.contextmanager
