@@ -1,0 +1,279 @@
+"""Can this machine do it? One line a check: OK, WARN or FAIL, and what to do about it.
+
+Run as: `python -m nbutils doctor`
+"""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from nbutils.needs import GIB, MODELS, Model, gpu_gib, host_gib
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+ROOT = Path(__file__).resolve().parents[1]
+STACK = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "papermill",
+    "nbclient",
+)
+PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
+
+
+@dataclass
+class Check:
+    """One line of the table: what was looked at, what was found, how it is, and what to do if it is not OK."""
+
+    what: str
+    found: str
+    verdict: str = OK
+    mend: str = ""
+
+
+def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
+    """Look at this machine with the needs of one model in mind. CUDA is not initialised in this process.
+
+    Args:
+        model: a name in nbutils.needs.MODELS.
+        processes: ranks that will run; the number of GPUs if not given, or 2 without any.
+
+    Returns:
+        The checks, in the order in which a reader would mend them.
+    """
+    sizes = MODELS[model]
+    gpus = find_gpus()
+    ranks = processes or len(gpus) or 2
+    return [
+        check_python(sys.version_info[:2]),
+        *check_packages(locked_versions(), installed_versions()),
+        *check_gpus(sizes, gpus),
+        check_host_memory(sizes, ranks, psutil.virtual_memory().total / GIB),
+        check_disk(sizes, hub_cache()),
+        check_shared_memory(ranks, Path("/dev/shm")),
+        check_token(sizes),
+    ]
+
+
+# ---------------------------------------------------------------- software
+
+
+def check_python(found: tuple[int, int]) -> Check:
+    """Python must be one for which the pinned packages exist."""
+    text = f"{found[0]}.{found[1]}"
+    if PYTHONS[0] <= found < PYTHONS[1]:
+        return Check("Python", text)
+    return Check("Python", text, FAIL, "Use Python 3.11, 3.12 or 3.13: make tutorial PYTHON=python3.11")
+
+
+def locked_versions(lock: Path = ROOT / "requirements.lock") -> dict[str, str]:
+    """Package to version, as requirements.lock pins them."""
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Package to installed version, None if it is missing; a local suffix as in 2.13.0+cpu is cut off."""
+    found = {}
+    for name in STACK:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def check_packages(locked: dict[str, str], found: dict[str, str | None]) -> list[Check]:
+    """The stack beside the lock: a missing package fails, another version warns."""
+    checks = []
+    for name, installed in found.items():
+        wanted = locked.get(name, "")
+        if installed is None:
+            checks.append(Check(name, "not installed", FAIL, f"pip install {name}=={wanted}"))
+        elif installed != wanted:
+            mend = f"The course was tested with {wanted}: pip install {name}=={wanted}"
+            checks.append(Check(name, installed, WARN, mend))
+        else:
+            checks.append(Check(name, installed))
+    return checks
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+def find_gpus() -> list[dict]:
+    """Name, memory in GiB and compute capability of each GPU, as nvidia-smi tells them; empty without one."""
+    table = _nvidia_smi("--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+    gpus = []
+    for line in filter(None, table.splitlines()):
+        name, memory, capability = (part.strip() for part in line.split(","))
+        gpus.append({"name": name, "gib": float(memory) / 1024, "capability": float(capability)})
+    return gpus
+
+
+def how_linked() -> str:
+    """How GPU 0 reaches GPU 1: NVLink, or a PCIe path, in the words of `nvidia-smi topo`."""
+    words = {
+        "NV": "NVLink",
+        "PIX": "one PCIe switch",
+        "PXB": "several PCIe switches",
+        "PHB": "PCIe through the host bridge",
+        "NODE": "PCIe within a NUMA node",
+        "SYS": "PCIe between two CPU sockets",
+    }
+    row = re.search(r"^GPU0\s+X\s+(\S+)", _nvidia_smi("topo", "-m"), re.MULTILINE)
+    link = row.group(1) if row else ""
+    return next((f"{text} ({link})" for code, text in words.items() if link.startswith(code)), "link unknown")
+
+
+def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
+    """Number, memory, bf16 and link of the GPUs, against what the model needs."""
+    if not gpus:
+        if model.gpu_needed:
+            mend = f"{model.name} needs NVIDIA GPUs. Without them, run the course with the tiny model: make tutorial"
+            return [Check("GPUs", "none", FAIL, mend)]
+        mend = "None is needed for the tiny model: the same script is rehearsed on two CPU processes."
+        return [Check("GPUs", "none", WARN, mend)]
+    smallest = min(gpu["gib"] for gpu in gpus)
+    checks = [Check("GPUs", f"{len(gpus)} x {gpus[0]['name']}, {smallest:.1f} GiB")]
+    if len(gpus) == 1 and model.gpu_needed:
+        checks[0].verdict, checks[0].mend = WARN, "FSDP shards over two or more GPUs; one needs no FSDP."
+    if any(gpu["capability"] < 8.0 for gpu in gpus):
+        mend = "The recipe computes in bf16, which needs compute capability 8.0 (RTX 30, A100 or newer)."
+        checks.append(Check("bf16", f"compute capability {min(g['capability'] for g in gpus)}", FAIL, mend))
+    else:
+        checks.append(Check("bf16", "supported"))
+    if len(gpus) > 1:
+        checks.append(Check("GPU link", how_linked()))
+    if model.gpu_needed:
+        plain, offloaded = gpu_gib(model, len(gpus), False), gpu_gib(model, len(gpus), True)
+        found = f"{smallest:.1f} GiB; needs {plain:.1f}, or {offloaded:.1f} with offload (predicted)"
+        if smallest >= plain:
+            checks.append(Check("GPU memory", found))
+        elif smallest >= offloaded:
+            checks.append(Check("GPU memory", found, WARN, "Keep fsdp_offload_params: true."))
+        else:
+            checks.append(Check("GPU memory", found, FAIL, "Take a smaller model or larger GPUs."))
+    return checks
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+# ---------------------------------------------------------------- memory, disk, account
+
+
+def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
+    """Each rank loads a whole quantised copy into host memory before FSDP shards it."""
+    least, comfortable = host_gib(model, ranks)
+    found = f"{found_gib:.0f} GiB; {ranks} ranks need {least:.0f}, better {comfortable:.0f}"
+    if found_gib >= comfortable:
+        return Check("host memory", found)
+    if found_gib >= least:
+        return Check("host memory", found, WARN, "Add swap on an NVMe disk, or close other programs.")
+    return Check(
+        "host memory", found, FAIL, "Too little to load on every rank: add RAM or swap, or a smaller model."
+    )
+
+
+def hub_cache() -> Path:
+    """The folder into which models are downloaded, or its nearest existing parent."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    folder = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_disk(model: Model, folder: Path) -> Check:
+    """Room for the download (two bytes a parameter) and 2 GiB for runs."""
+    free, wanted = shutil.disk_usage(folder).free / GIB, model.download_gib + 2
+    found = f"{free:.0f} GiB free; download and runs need {wanted:.0f}"
+    if free >= wanted:
+        return Check("disk", found)
+    return Check("disk", found, FAIL, "Free some space, or set HF_HOME to a folder on a larger disk.")
+
+
+def check_shared_memory(ranks: int, folder: Path) -> Check:
+    """NCCL and data-loader workers pass data through /dev/shm; containers often give it 64 MiB."""
+    if not folder.exists():
+        return Check("shared memory", "no /dev/shm", WARN, "Fine outside Linux; in a container, mount one.")
+    size, wanted = shutil.disk_usage(folder).total / GIB, 0.25 * ranks
+    found = f"{size:.2f} GiB in /dev/shm"
+    if size >= wanted:
+        return Check("shared memory", found)
+    return Check("shared memory", found, WARN, "Start the container with --shm-size=2g (or --ipc=host).")
+
+
+def check_token(model: Model) -> Check:
+    """Whether a hub token is there; its value is never read into the table."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    file = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
+    present = bool(os.environ.get("HF_TOKEN")) or file.is_file()
+    if present:
+        return Check("hub token", "present")
+    if not model.gpu_needed:
+        return Check("hub token", "absent; not needed for the tiny model")
+    return Check(
+        "hub token", "absent", WARN, "Llama is gated: accept its licence on the hub, then run: hf auth login"
+    )
+
+
+# ---------------------------------------------------------------- the table
+
+
+def as_text(checks: list[Check]) -> str:
+    """The checks as aligned lines, each mend beneath its line."""
+    wide = max(len(check.what) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.verdict:<5}{check.what:<{wide + 2}}{check.found}")
+        if check.mend:
+            lines.append(" " * (wide + 7) + check.mend)
+    count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (OK, WARN, FAIL)}
+    lines.append(
+        f"{count[OK]} OK, {count[WARN]} WARN, {count[FAIL]} FAIL on {platform.system()} {platform.machine()}"
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table.
+
+    Args:
+        arguments: `--model NAME` and `--processes N`; none means the tiny model.
+
+    Returns:
+        1 if a check failed, 0 otherwise.
+    """
+    parser = argparse.ArgumentParser(prog="python -m nbutils doctor", description="Can this machine do it?")
+    parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
+    parser.add_argument("--processes", type=int, help="ranks that will run; the number of GPUs if not given")
+    options = parser.parse_args(arguments or [])
+    checks = examine(options.model, options.processes)
+    print(as_text(checks))
+    return int(any(check.verdict == FAIL for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
