@@ -34,12 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
     script = commands.add_parser("script", help="write the training script of notebook 04 into a folder")
     script.add_argument("folder", type=Path)
 
+    refresh = commands.add_parser("refresh", help="execute the notebooks again and write their outputs back")
+    refresh.add_argument(
+        "--check", action="store_true", help="write nothing; fail if an output says something else"
+    )
+
     commands.add_parser("doctor", help="look at this machine: can it run the course?")
 
     options = parser.parse_args(arguments)
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
         return _run(options)
+    if options.command == "refresh":
+        return _refresh(options)
     if options.command == "doctor":
         from nbutils.doctor import main as doctor
 
@@ -75,6 +82,19 @@ def _run(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    from nbutils.reading import refresh
+    from nbutils.runner import SeriesFailed
+
+    try:
+        changed = refresh(check_only=options.check)
+    except SeriesFailed as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print("\n".join(changed) or "Every notebook says what it said before.")
+    return 1 if options.check and changed else 0
 
 
 if __name__ == "__main__":
