@@ -29,7 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--only", metavar="NN,NN", help="run only these notebooks")
     run.add_argument("--run-dir", default="", help="folder for the run, in place of runs/<time>")
     run.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks")
-    run.add_argument("--cell-timeout", type=int, default=3600, metavar="SECONDS", help="for each cell (3600)")
+    run.add_argument(
+        "--cell-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="for each cell; otherwise an hour, or the parameter time_limit and ten minutes, whichever is more",
+    )
 
     script = commands.add_parser("script", help="write the training script of notebook 04 into a folder")
     script.add_argument("folder", type=Path)
@@ -39,9 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; fail if an output says something else"
     )
 
-    commands.add_parser("doctor", help="look at this machine: can it run the course?")
+    commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
 
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if others and options.command != "doctor":  # the doctor reads its own
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
         return _run(options)
@@ -50,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "doctor":
         from nbutils.doctor import main as doctor
 
-        return doctor() or 0
+        return doctor(others)
     if options.command == "script":
         from nbutils.recipe import write_script
 

@@ -17,7 +17,8 @@ from nbutils.course import ROOT, RUNS, go_to_root, new_run_dir, point_latest_to
 
 NOTEBOOKS = Path("notebooks")
 TRAINING_NOTEBOOK = "04_write_and_launch"
-CELL_TIMEOUT = 3600  # seconds; papermill has none of its own
+CELL_TIMEOUT = 3600  # seconds, if a launch may not take longer; papermill has no limit of its own
+AROUND_A_LAUNCH = 600  # seconds that a cell may take in addition to the launch in it
 PACKAGES = [
     *("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets"),
     *("papermill", "nbclient", "jupyterlab", "matplotlib"),
@@ -82,7 +83,7 @@ def run_series(
     only: list[str] | None = None,
     run_dir: str | Path = "",
     folder: Path = NOTEBOOKS,
-    cell_timeout: int = CELL_TIMEOUT,
+    cell_timeout: int | None = None,
 ) -> Path:
     """Check every parameter, execute the notebooks into a run folder, and write `summary.json` there.
 
@@ -93,7 +94,8 @@ def run_series(
         only: run only these notebooks.
         run_dir: another folder for the run.
         folder: of the notebooks.
-        cell_timeout: seconds a cell may take.
+        cell_timeout: seconds a cell may take; None means an hour, or more if the parameter `time_limit` of a
+            launch asks for it.
 
     Returns:
         The run folder.
@@ -113,6 +115,8 @@ def run_series(
     for name, text in (overrides or {}).items():
         values[name] = parameters.from_command_line(name, text, contracts)
     parameters.check(values, contracts)
+
+    cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
 
     run_dir = new_run_dir(run_dir)
     if run_dir.resolve().parent == (root / RUNS).resolve():

@@ -72,9 +72,7 @@ def test_every_set_of_parameters_is_one_the_notebooks_understand(path):
 def notebook_that_said(*outputs, source="print(1)"):
     cell = new_code_cell(source, execution_count=7, metadata={"papermill": {"duration": 1}, "tags": ["kept"]})
     cell.outputs = list(outputs)
-    return new_notebook(
-        cells=[cell], metadata={"papermill": {"input_path": str(ROOT)}}
-    )
+    return new_notebook(cells=[cell], metadata={"papermill": {"input_path": str(ROOT)}})
 
 
 def printed(text):
