@@ -1,8 +1,8 @@
 """Start a script on several ranks with `accelerate launch`, follow it, and end every rank when it must end.
 
 Run from a notebook cell or a terminal alike. A shell command in a cell (`!accelerate launch ...`) hides a failing exit
-status, mixes the tracebacks of all ranks, and leaves ranks behind after an interrupt: torchrun gives each rank a session
-of its own, which the terminal's Ctrl-C does not reach.
+status, mixes the tracebacks of all ranks, and leaves ranks behind after an interrupt: torchrun gives each rank a
+session of its own, which the terminal's Ctrl-C does not reach.
 """
 
 import ctypes
@@ -276,9 +276,9 @@ _ENDED_BY_AGENT = re.compile(r"Sending process (\d+) closing signal")
 def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
     """Find out which rank failed first, and with what.
 
-    torchrun ends the other ranks when one has failed, and ranks that wait for a dead one raise errors of their own: the
-    last traceback in a log is seldom the cause. A rank that was killed from outside comes first; else the rank whose
-    error was written first.
+    torchrun ends the other ranks when one has failed, and ranks that wait for a dead one raise errors of their own:
+    the last traceback in a log is seldom the cause. A rank that was killed from outside comes first; else the rank
+    whose error was written first.
 
     Args:
         log: the output of all ranks.
@@ -315,8 +315,10 @@ def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
         message = f"Rank {rank} failed first:\n{error}\n{place}{where}"
         return LaunchFailed(message, log=log, rank=rank, error=error, returncode=returncode)
     error = _last_words(text)
-    message = f"accelerate launch ended with exit status {returncode} before any rank reported an error:\n{error}\n{where}"
-    return LaunchFailed(message, log=log, error=error, returncode=returncode)
+    message = (
+        f"accelerate launch ended with exit status {returncode} before any rank reported an error:\n{error}"
+    )
+    return LaunchFailed(f"{message}\n{where}", log=log, error=error, returncode=returncode)
 
 
 def _recorded(path: Path) -> tuple[str, str]:
@@ -383,7 +385,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Display:
-    """The progress line: one output that is rewritten in a notebook, one line in a terminal, the last state elsewhere."""
+    """The progress line: rewritten in a notebook and in a terminal; elsewhere its last state, once."""
 
     def __init__(self, show: bool, live: bool):
         self.show, self.live = show, live
