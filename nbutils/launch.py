@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from nbutils.course import ROOT
-from nbutils.progress import read_progress
+from nbutils.follow import read_progress
 
 POLL = 0.25  # seconds between two looks at the run
 GRACE = 3.0  # seconds a rank has to end by itself before it is killed

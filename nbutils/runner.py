@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 
 from nbutils import parameters
 from nbutils.course import ROOT, RUNS, go_to_root, new_run_dir, point_latest_to
+from nbutils.follow import read_progress
+from nbutils.launch import progress_line
 
 NOTEBOOKS = Path("notebooks")
 TRAINING_NOTEBOOK = "04_write_and_launch"
@@ -151,7 +154,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
     if "run_dir" in entry.contract:
         given["run_dir"] = str(run_dir)
     output = run_dir / f"{entry.name}.ipynb"
-    report = _CellLines(f"[{place}] {entry.name}", entry.source)
+    report = _CellLines(f"[{place}] {entry.name}", entry.source, run_dir)
     started = time.monotonic()
     entry.status = "failed"
     try:
@@ -190,31 +193,44 @@ def _indented(source: str, lines: int = 12) -> str:
 
 
 class _CellLines:
-    """Progress on the terminal: one line that is rewritten; in a log file one line a notebook, and one a slow cell."""
+    """Progress on the terminal: one line that is rewritten each second; in a log file a line for each slow cell."""
 
     SLOW = 5.0  # seconds
 
-    def __init__(self, label: str, notebook: Path):
+    def __init__(self, label: str, notebook: Path, run_dir: Path):
         cells = nbformat.read(notebook, as_version=4).cells
-        self.label, self.total, self.source = label, len(cells), ""
-        self.tty = sys.stdout.isatty()
-        self.started = 0.0
-        if not self.tty:
+        self.label, self.total, self.train_dir = label, len(cells), run_dir / "train"
+        self.source, self.place, self.started, self.seen = "", 0, 0.0, 0
+        self.closed = threading.Event()
+        if sys.stdout.isatty():
+            threading.Thread(target=self._keep_rewriting, daemon=True).start()
+        else:
             print(label, flush=True)
 
     def begin(self, cell, cell_index: int) -> None:
-        self.source, self.started = cell.source, time.monotonic()
-        if self.tty:
-            title = cell.source.strip().splitlines()[0][:60] if cell.source.strip() else ""
-            print(f"\r\033[K{self.label}  cell {cell_index + 1}/{self.total}  {title}", end="", flush=True)
+        self.source, self.place, self.started = cell.source, cell_index + 1, time.monotonic()
+        self.seen = len(read_progress(self.train_dir))
 
     def end(self, cell, cell_index: int, **_) -> None:
         seconds = time.monotonic() - self.started
-        if not self.tty and seconds >= self.SLOW:
+        if not sys.stdout.isatty() and seconds >= self.SLOW:
             print(f"    cell {cell_index + 1}/{self.total}: {seconds:.0f} s", flush=True)
 
+    def line(self) -> str:
+        """Where the notebook is; while a launch trains, where the training is."""
+        training = read_progress(self.train_dir)[self.seen :]
+        seconds = time.monotonic() - self.started
+        doing = progress_line(training, seconds) if training else f"{seconds:.0f} s"
+        return f"{self.label}  cell {self.place}/{self.total}  {doing}"
+
+    def _keep_rewriting(self) -> None:
+        while not self.closed.wait(1.0):
+            if self.place:
+                print(f"\r\033[K{self.line()}", end="", flush=True)
+
     def close(self, status: str, seconds: float) -> None:
-        start = f"\r\033[K{self.label}  " if self.tty else "    "
+        self.closed.set()
+        start = f"\r\033[K{self.label}  " if sys.stdout.isatty() else "    "
         print(f"{start}{status}, {seconds:.0f} s", flush=True)
 
 
