@@ -323,10 +323,14 @@ def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
 
 def _recorded(path: Path) -> tuple[str, str]:
     """The error that `torch.distributed.elastic`'s `record` wrote, and the place in the code where it arose."""
-    message = json.loads(path.read_text())["message"]
+    try:
+        message = json.loads(path.read_text())["message"]
+    except (ValueError, KeyError):  # the rank was ended while it wrote
+        return "(its error file is damaged; see the log)", ""
     if isinstance(message, str):
         return message, ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', message["extraInfo"]["py_callstack"])
+    stack = message.get("extraInfo", {}).get("py_callstack", "")
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', stack)
     if not frames:
         return message["message"], ""
     file, line, function = frames[-1]
@@ -418,7 +422,7 @@ class _Display:
         from IPython.display import display
 
         if self.live and not final:
-            text = f"{text}\n\n{_curve(lines)}"
+            text = f"{text}\n\n{loss_curve(lines)}"
         bundle = {"text/plain": text}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
@@ -435,7 +439,7 @@ def _in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def _curve(lines: list[dict], height: int = 8, width: int = 60) -> str:
+def loss_curve(lines: list[dict], height: int = 8, width: int = 60) -> str:
     """The training loss as a small chart of characters, which every front end shows."""
     losses = [line["loss"] for line in lines if "loss" in line][-width:]
     if len(losses) < 2:
