@@ -119,3 +119,28 @@ def test_what_differs_from_run_to_run_is_no_change(old, new):
 @pytest.mark.parametrize("old, new", OTHER.values(), ids=OTHER.keys())
 def test_an_output_that_says_something_else_is_found(old, new):
     assert len(reading.compare(notebook_that_said(printed(old)), notebook_that_said(printed(new)))) == 1
+
+
+@pytest.mark.notebook
+def test_refreshing_writes_what_is_new_and_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "REFRESH_DIR", tmp_path / "run")
+    parameters_cell = new_code_cell('run_dir: str = ""  # folder', metadata={"tags": ["parameters"]})
+    shown = new_code_cell("import time\nprint('written to', run_dir, 'at', time.time_ns() % 97, 's')")
+    notebook = new_notebook(cells=[parameters_cell, shown])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = tmp_path / "00_first.ipynb"
+    nbformat.write(notebook, path)
+
+    assert reading.refresh(tmp_path) == [
+        "00_first.ipynb: cell 1 was never executed",
+        "00_first.ipynb: cell 2 was never executed",
+    ]
+    first = path.read_text()
+    assert "written to runs/latest at" in first and str(tmp_path) not in first
+    assert reading.refresh(tmp_path) == []
+    assert path.read_text() == first  # only a time differs
+
+    path.write_text(first.replace("written to runs/latest", "never said"))
+    (difference,) = reading.refresh(tmp_path, check_only=True)
+    assert "said 'never said at" in difference
+    assert "never said" in path.read_text()
