@@ -28,7 +28,7 @@ from nbutils.prep import prepare_for_fsdp_qlora
 from nbutils.rehearsal import keep_four_bit_weights_in_order
 from nbutils.tiny import tiny_base
 
-ROWS, LENGTH = 4, 128  # a batch is (ROWS, LENGTH) tokens
+ROWS, LENGTH = 2, 128  # a batch is (ROWS, LENGTH) tokens
 WINDOW = 10  # steps averaged for one point of the curve
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -104,7 +104,7 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 6e-3])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_dtype.json"))
