@@ -84,7 +84,9 @@ def compare_with_record(base: PreTrainedModel, folder: str | Path, file: str | P
     return compare_logits(trained, reloaded, plain, dtype)
 
 
-def compare_logits(trained: torch.Tensor, reloaded: torch.Tensor, base: torch.Tensor, dtype: torch.dtype) -> dict:
+def compare_logits(
+    trained: torch.Tensor, reloaded: torch.Tensor, base: torch.Tensor, dtype: torch.dtype
+) -> dict:
     """Check that the reloaded model speaks as the trained one did, and not as the base does.
 
     Args:

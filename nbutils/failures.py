@@ -30,11 +30,17 @@ def expect_failure(error: type[BaseException], message: str, lines: int = 2) -> 
                 f"Lesson obsolete: {error.__name__} was raised as expected, but with other words. Wanted a message "
                 f"matching {message!r}, found {str(caught)!r}. Read the installed version's source and mend the lesson."
             ) from caught
-        for frame in traceback.extract_tb(caught.__traceback__)[-lines:]:
-            print(f"  in {frame.name}(), {frame.filename.rsplit('site-packages/')[-1]}, line {frame.lineno}")
+        frames = traceback.extract_tb(caught.__traceback__)
+        for frame in frames[len(frames) - lines :]:
+            print(f"  in {frame.name}(), {_place(frame.filename)}, line {frame.lineno}")
         print(f"{type(caught).__name__}: {caught}")
     else:
         raise LessonObsolete(
             f"Lesson obsolete: {error.__name__} with a message matching {message!r} was expected, and nothing was "
             "raised. The installed stack no longer fails here. Say so in the lesson, with the version."
         )
+
+
+def _place(path: str) -> str:
+    """A file as a reader knows it, without the folders of this machine."""
+    return path.rsplit("site-packages/")[-1] if "site-packages/" in path else path.rsplit("/", 1)[-1]

@@ -19,6 +19,8 @@ DTYPE = "Must flatten tensors with uniform dtype but got {} and {}"
 GRAD = "Must flatten tensors with uniform `requires_grad` when `use_orig_params=False`"
 FROZEN = "{} has both parameters with requires_grad=True and False."  # from policies given as objects
 GROUP_DTYPE = "FSDP expects uniform original parameter dtype but got {}"  # FSDP 2, in the first forward
+CAST = "(nothing at all: the loss is wrong)"  # the two dtypes have as many bytes
+CAST_SIZE = "shape '...' is invalid for input of size ..."  # from a kernel, in the first forward
 SCALAR = "fully_shard doesn't support scalar parameters."
 
 MENDS = {
@@ -30,6 +32,8 @@ MENDS = {
     "mixed requires_grad": "Wrap what is trained as units of its own: peft.utils.other.fsdp_auto_wrap_policy(model) "
     "does it for LoRA layers. Or set fsdp_use_orig_params: true, which keeps gradients of the frozen part as well.",
     "mixed trainable dtypes": "Cast everything that is trained to one dtype before training starts.",
+    "cast of packed bytes": "Make the two equal: load with bnb_4bit_quant_storage equal to the dtype that FSDP gathers "
+    "in (param_dtype of its mixed-precision policy, which the Trainer sets from bf16/fp16), or switch that off.",
     "scalar parameter": "Make it a tensor of shape (1,), or leave it out of the wrapped module.",
 }
 
@@ -159,8 +163,8 @@ def preflight(
             `peft.utils.other.fsdp_auto_wrap_policy(model)`, whatever the YAML says. None: one unit, the root.
         fsdp_version: 1 or 2. For 2 the units are those that Accelerate makes.
         use_orig_params: as in the YAML; FSDP 1 only.
-        compute_dtype: `param_dtype` of the mixed-precision policy, if it is known. It must equal the storage dtype of
-            the 4-bit weights: FSDP casts what it gathers, and a cast of packed bytes is rubbish.
+        compute_dtype: `param_dtype` of the mixed-precision policy; None if there is none. It must equal the storage
+            dtype of the 4-bit weights: FSDP casts what it gathers, and packed bytes are no numbers.
 
     Returns:
         A `Report`; call its `raise_if_bad()`.
@@ -181,8 +185,8 @@ def preflight(
     else:
         for unit in units:
             report.problems += _refused_by_fsdp2(unit)
+    report.problems += _cast_of_packed_bytes(units, compute_dtype)
     report.warnings += _copies_of_one_parameter(units)
-    report.warnings += _cast_of_packed_bytes(model, compute_dtype)
     if fsdp_version == 1:
         report.warnings += _rounded_buffers(model, compute_dtype)
     return report
@@ -320,7 +324,7 @@ def _copies_of_one_parameter(units: list[Unit]) -> list[str]:
     for unit in units:
         for name, parameter in unit.parameters.items():
             if id(parameter) in owner and owner[id(parameter)][0] is not unit:
-                other, other_name = owner[id(parameter)]
+                other_name = owner[id(parameter)][1]
                 sentences.append(
                     f"{name} and {other_name} are one parameter (tied weights), but lie in two units. FSDP 1 copies "
                     "it into both, and from then on the copies are trained apart. Keep the two modules in one unit."
@@ -329,20 +333,15 @@ def _copies_of_one_parameter(units: list[Unit]) -> list[str]:
     return sentences
 
 
-def _cast_of_packed_bytes(model: nn.Module, compute_dtype: torch.dtype | None) -> list[str]:
-    packed = [
-        (name, parameter.dtype)
-        for name, parameter in model.named_parameters()
-        if hasattr(parameter, "quant_state")
-    ]
-    wrong = [(name, dtype) for name, dtype in packed if dtype.is_floating_point and dtype != compute_dtype]
-    if compute_dtype is None or not wrong:
-        return []
-    return [
-        f"FSDP would cast {len(wrong)} packed 4-bit weights, {wrong[0][0]} first, from {wrong[0][1]} to "
-        f"{compute_dtype} at each gather. Bytes cast as if they were numbers are other weights, and nothing fails: the "
-        "loss is just wrong. Load with bnb_4bit_quant_storage equal to the dtype of the mixed-precision policy."
-    ]
+def _cast_of_packed_bytes(units: list[Unit], compute_dtype: torch.dtype | None) -> list[Problem]:
+    """FSDP casts what it gathers; packed 4-bit values cast as if they were numbers are other weights."""
+    for unit in units:
+        for name, parameter in unit.parameters.items():
+            packed = hasattr(parameter, "quant_state") and parameter.is_floating_point()
+            if packed and compute_dtype not in (None, parameter.dtype):
+                same_size = compute_dtype.itemsize == parameter.dtype.itemsize
+                return [_problem(unit, "cast of packed bytes", name, CAST if same_size else CAST_SIZE)]
+    return []
 
 
 def _rounded_buffers(model: nn.Module, compute_dtype: torch.dtype | None) -> list[str]:
@@ -387,11 +386,18 @@ def preflight_trainer(trainer: Trainer) -> Report | None:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return None
+    compute_dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
     if plugin.fsdp_version == 1:
-        policy = fsdp_auto_wrap_policy(trainer.model)  # the Trainer sets this one for a PEFT model
+        # For a PEFT model the Trainer sets this policy, and lets FSDP 1 gather in the storage dtype: transformers'
+        # update_fsdp_plugin_peft. It does neither for FSDP 2.
+        policy = fsdp_auto_wrap_policy(trainer.model)
+        storage = trainer.model.config.quantization_config.bnb_4bit_quant_storage
+        compute_dtype = storage if storage.is_floating_point else compute_dtype
     else:
         plugin.set_auto_wrap_policy(trainer.model)
         policy = plugin.auto_wrap_policy
-    report = preflight(trainer.model, policy, plugin.fsdp_version, bool(plugin.use_orig_params))
+    report = preflight(
+        trainer.model, policy, plugin.fsdp_version, bool(plugin.use_orig_params), compute_dtype=compute_dtype
+    )
     report.raise_if_bad()
     return report

@@ -4,7 +4,7 @@ Run as: `accelerate launch --config_file configs/accelerate/rehearsal_fsdp1.yaml
 
 The training script knows nothing of this. On a CPU, Accelerate reads `distributed_type: FSDP` from the
 file and then trains with plain DDP, without a word. Three things stand in the way of FSDP there, and
-`enable()` removes them; a fourth one (a CPU kernel that spoils 4-bit weights) is switched off as well:
+`enable()` removes them; two more that spoil what a run computes or saves are switched off as well:
 
 1. `AcceleratorState` sets the type to FSDP for accelerator backends only. We set it for gloo on CPU too.
 2. Its device is `cpu:0`; FSDP 1 insists on `cpu`, without a number.
@@ -12,6 +12,8 @@ file and then trains with plain DDP, without a word. Three things stand in the w
    to offload from CPU to CPU: the rehearsal configs leave both off.
 4. On CPUs with AVX512-BF16, bitsandbytes repacks the 4-bit weights in place at the first evaluation. Under FSDP the
    packed bytes then meet code that expects the usual order, and every later loss is wrong.
+5. Accelerate asks FSDP 1 for a full state dict moved to the CPU. From CPU to CPU nothing is copied, and FSDP frees
+   what it believes it has copied: `setStorage: ... out of bounds for storage of size 0`.
 """
 
 import os
@@ -39,6 +41,7 @@ def enable() -> None:
     _join_the_gloo_group_by_default()
     _let_accelerate_choose_fsdp()
     keep_four_bit_weights_in_order()
+    _keep_gathered_weights_while_they_are_saved()
 
 
 def _join_the_gloo_group_by_default() -> None:
@@ -75,6 +78,14 @@ def keep_four_bit_weights_in_order() -> None:
     import bitsandbytes.nn.modules as modules
 
     modules.has_avx512bf16 = lambda: False
+
+
+def _keep_gathered_weights_while_they_are_saved() -> None:
+    import contextlib
+
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()
 
 
 def main() -> None:

@@ -79,7 +79,9 @@ def save_adapter(
         try:
             _swap(unfinished, folder)
         except OSError as error:
-            problem = f"The adapter is complete in {unfinished}, and could not be renamed to {folder}: {error}"
+            problem = (
+                f"The adapter is complete in {unfinished}, and could not be renamed to {folder}: {error}"
+            )
     agree(problem, SaveError)  # also the barrier: every rank returns after the rename
     return report | {"bytes_gathered": gathered.bytes_gathered}
 
@@ -123,7 +125,8 @@ def verify_adapter(
         whole = _tensor_from_rank_0(tensors.get(key), shape, dtype)
         if problem is None:  # the sending goes on to the end, or the other ranks would wait
             problem = _difference(key, pieces[key], whole, folder)
-    agree(problem or _first_hole(pieces, layout), AdapterMismatch)
+    agree(problem, AdapterMismatch)
+    agree(_first_hole(pieces, layout), AdapterMismatch)
     return {
         "tensors": len(layout),
         "elements": sum(torch.Size(shape).numel() for shape, _ in layout.values()),
@@ -147,10 +150,14 @@ def reject_bad_tensors(
         SaveError: none at all, an empty or non-finite one (named), or `lora_B` that are all zero.
     """
     if not tensors:
-        raise SaveError("Found no tensor at all; an adapter was wanted. Do not use this file, and save again.")
+        raise SaveError(
+            "Found no tensor at all; an adapter was wanted. Do not use this file, and save again."
+        )
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
-            raise SaveError(f"{key} is empty (shape {tuple(tensor.shape)}). A piece was saved where a whole was wanted.")
+            raise SaveError(
+                f"{key} is empty (shape {tuple(tensor.shape)}). A piece was saved where a whole was wanted."
+            )
         if not torch.isfinite(tensor).all():
             raise SaveError(f"{key} holds NaN or infinity: the training diverged. Use an earlier checkpoint.")
     lora_b = [key for key in tensors if ".lora_B." in key]
@@ -166,13 +173,17 @@ def _config_for_file(model: torch.nn.Module, adapter_name: str) -> LoraConfig:
     wrapped = peft_model(model)
     config = copy.deepcopy(wrapped.peft_config[adapter_name])
     config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or wrapped.get_base_model().name_or_path or None
+    config.base_model_name_or_path = (
+        config.base_model_name_or_path or wrapped.get_base_model().name_or_path or None
+    )
     return config
 
 
 def _reject_bad_config(folder: Path) -> None:
     if not (folder / CONFIG).is_file():  # PEFT would go and ask the Hub
-        raise FileNotFoundError(f"Found no {CONFIG} in {folder}, and PeftModel.from_pretrained wants one. Save again.")
+        raise FileNotFoundError(
+            f"Found no {CONFIG} in {folder}, and PeftModel.from_pretrained wants one. Save again."
+        )
     LoraConfig.from_pretrained(str(folder))
 
 
@@ -204,8 +215,8 @@ def _swap(unfinished: Path, folder: Path) -> None:
     if folder.exists():
         previous = folder.with_name(f"{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
-        os.rename(folder, previous)
-    os.rename(unfinished, folder)
+        folder.rename(previous)
+    unfinished.rename(folder)
     fsync(folder.parent)
 
 
@@ -241,7 +252,9 @@ def _difference(key: str, piece: Piece, whole: torch.Tensor, folder: str | Path)
     # As bytes: 0.0 equals -0.0 as a number, and NaN does not equal itself.
     if wanted.shape == found.shape and torch.equal(wanted.view(torch.uint8), found.view(torch.uint8)):
         return None
-    return f"{key} in {folder} differs from what this rank holds. Nothing was deleted; save again and compare."
+    return (
+        f"{key} in {folder} differs from what this rank holds. Nothing was deleted; save again and compare."
+    )
 
 
 def _first_hole(pieces: dict[str, Piece], layout: dict) -> str | None:
@@ -262,7 +275,9 @@ def _from_rank_0(value):
     return box[0]
 
 
-def _tensor_from_rank_0(tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _tensor_from_rank_0(
+    tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     device = compute_device()
     tensor = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
     if dist.is_initialized():

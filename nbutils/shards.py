@@ -154,7 +154,9 @@ def own_pieces(model: torch.nn.Module, adapter_name: str = "default") -> dict[st
     pieces = {}
     for prefix, unit in _fsdp1_units(model):
         flat = unit._handle.flat_param
-        shard = getattr(flat, "_local_shard", flat.detach())  # set at the first forward; the same storage before it
+        shard = getattr(
+            flat, "_local_shard", flat.detach()
+        )  # set at the first forward; the same storage before it
         for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos):
             key = file_key(_join(prefix, fqn), adapter_name)
             if key is not None:
@@ -192,7 +194,9 @@ def compute_device(tensor: DTensor | None = None) -> torch.device:
         kind = tensor.device_mesh.device_type
     else:
         kind = "cuda" if dist.is_initialized() and "nccl" in dist.get_backend() else "cpu"
-    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+    return (
+        torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+    )
 
 
 def _reject_what_a_file_cannot_hold(model: torch.nn.Module, adapter_name: str) -> None:
@@ -208,7 +212,9 @@ def _reject_what_a_file_cannot_hold(model: torch.nn.Module, adapter_name: str) -
             )
 
 
-def _what_is_missing(model: torch.nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> str | None:
+def _what_is_missing(
+    model: torch.nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str
+) -> str | None:
     missing = missing_keys(model, set(tensors), adapter_name)
     if tensors and not missing:
         return None
@@ -221,7 +227,9 @@ def _what_is_missing(model: torch.nn.Module, tensors: dict[str, torch.Tensor], a
 def _trained_names(model: torch.nn.Module) -> Iterator[str]:
     for prefix, unit in _fsdp1_units(model):
         flat = unit._handle.flat_param
-        originals = flat._params or [flat] * len(flat._fqns)  # None without use_orig_params: all share one flag
+        originals = flat._params or [flat] * len(
+            flat._fqns
+        )  # None without use_orig_params: all share one flag
         for fqn, parameter in zip(flat._fqns, originals):
             if parameter.requires_grad:
                 yield _join(prefix, fqn)
@@ -245,15 +253,19 @@ def _fsdp1_units(model: torch.nn.Module) -> list[tuple[str, FSDP]]:
     return [(_clean(inner, name), unit) for name, unit in units if unit._handle is not None]
 
 
-def _parameters_outside_fsdp1(model: torch.nn.Module, adapter_name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    in_units = {_join(prefix, fqn) for prefix, unit in _fsdp1_units(model) for fqn in unit._handle.flat_param._fqns}
+def _parameters_outside_fsdp1(
+    model: torch.nn.Module, adapter_name: str
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    in_units = {
+        _join(prefix, fqn) for prefix, unit in _fsdp1_units(model) for fqn in unit._handle.flat_param._fqns
+    }
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the root still shows whole parameters in the compute dtype
     for name, parameter in model.named_parameters():
         name = _clean(model, name)
         key = file_key(name, adapter_name)
-        if key is not None and name not in in_units:
+        if key is not None and name not in in_units and not name.endswith("_flat_param"):
             yield key, parameter
 
 

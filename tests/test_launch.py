@@ -1,7 +1,6 @@
 """Real launches of tiny scripts: what a launch shows, what it says when a rank fails, and that no rank survives it."""
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -9,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from jupyter_client import KernelManager
 
 from nbutils.course import ROOT
 from nbutils.launch import LaunchFailed, copyable, launch, launch_command, progress_line
@@ -156,11 +156,10 @@ def test_a_launch_that_cannot_start_says_why(tmp_path):
         run(tmp_path / "missing.py", tmp_path)
 
 
-def test_a_time_out_ends_every_rank_even_one_that_ignores_sigterm(tmp_path):
+def test_a_time_out_ends_every_rank(tmp_path):
     path = script(
         tmp_path,
         """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Path(sys.argv[1], f"ready{rank}").touch()
         time.sleep(600)
         """,
@@ -171,38 +170,55 @@ def test_a_time_out_ends_every_rank_even_one_that_ignores_sigterm(tmp_path):
     assert ranks_of(path) == []
 
 
-LAUNCHER = """
-import sys
+LAUNCH = """
 from nbutils.launch import launch
-launch(sys.argv[1], [sys.argv[2]], sys.argv[3], log=sys.argv[2] + "/launch.log", rehearsal=False)
+launch({script!r}, [{folder!r}], {config!r}, log={folder!r} + "/launch.log", rehearsal=False)
+"""
+SLEEPER = """
+    Path(sys.argv[1], f"ready{rank}").touch()
+    time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kernel dies"])
-def test_no_rank_outlives_the_process_that_launched_it(tmp_path, ending):
-    path = script(
-        tmp_path,
-        """
-        Path(sys.argv[1], f"ready{rank}").touch()
-        time.sleep(600)
-        """,
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(path), str(tmp_path), str(CONFIG)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
-    assert len(ranks_of(path)) >= 3  # this process, two ranks
+def sleeper(tmp_path, body=SLEEPER):
+    path = script(tmp_path, body)
+    return path, LAUNCH.format(script=str(path), folder=str(tmp_path), config=str(CONFIG))
 
-    parent.send_signal(ending)
+
+def both_ranks_are_up(tmp_path):
+    return len(list(tmp_path.glob("ready*"))) == 2
+
+
+def test_interrupting_the_kernel_ends_every_rank_and_leaves_the_kernel(tmp_path):
+    stubborn = "\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)" + SLEEPER
+    path, code = sleeper(tmp_path, stubborn)
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    client = manager.blocking_client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.execute(code)
+        wait_until(lambda: both_ranks_are_up(tmp_path), 60)
+        assert len(ranks_of(path)) >= 3  # accelerate launch, two ranks
+
+        manager.interrupt_kernel()
+        wait_until(lambda: ranks_of(path) == [], 10)
+        reply = client.get_shell_msg(timeout=10)
+        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        assert client.execute_interactive("1 + 1", timeout=10)["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_no_rank_outlives_a_kernel_that_dies(tmp_path):
+    path, code = sleeper(tmp_path)
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_until(lambda: both_ranks_are_up(tmp_path), 60)
+    parent.kill()
     wait_until(lambda: ranks_of(path) == [], 10)
-    _, errors = parent.communicate(timeout=10)
-    if ending == signal.SIGINT:
-        assert "KeyboardInterrupt" in errors
+    parent.wait()
 
 
 def wait_until(condition, seconds):

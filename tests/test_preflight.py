@@ -1,4 +1,4 @@
-"""The preflight must say what FSDP 1 really does: each combination is predicted, then wrapped for real on one process."""
+"""The preflight must say what FSDP 1 really does: each combination is predicted, then wrapped on one process."""
 
 import functools
 import itertools
@@ -214,7 +214,7 @@ def test_it_reads_meta_tensors_and_leaves_the_model_as_it_was():
 
 
 def test_fsdp2_takes_the_cast_but_not_two_trainable_dtypes_in_one_unit(bases):
-    """FSDP 2 accepts the standard prep; a DoRA magnitude in fp32 beside bf16 factors it refuses in the first forward."""
+    """FSDP 2 accepts the standard prep, and refuses a DoRA magnitude in fp32 beside bf16 factors: in the forward."""
     layers = policy_of("layers", None)
     cast = build(Case("kbit", torch.bfloat16, torch.bfloat16, "layers", False, "lora"), bases)
     assert preflight(cast, layers, fsdp_version=2).ok
@@ -243,19 +243,59 @@ def forward_under_fsdp2(model) -> str | None:
     return None
 
 
-def test_it_warns_of_what_fsdp_does_without_a_word(bases):
-    case = Case("custom", torch.float32, torch.float32, "layers", True, "lora")
+@pytest.mark.parametrize(("compute", "loss_is_right"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_a_cast_of_packed_bytes_is_refused_because_fsdp2_would_not(bases, compute, loss_is_right):
+    """16-bit storage gathered in the other 16-bit dtype: FSDP 2 trains on weights that nobody has loaded."""
+    case = Case("custom", torch.float16, torch.bfloat16, "layers", False, "lora")
+    tokens = torch.arange(32)[None]
+    alone = build(case, bases)
+    right = alone(input_ids=tokens, labels=tokens).loss.item()
     model = build(case, bases)
-    policy = policy_of("layers", model)
-    assert not preflight(model, policy, 2, compute_dtype=torch.float32).warnings
-    (cast,) = preflight(model, policy, 2, compute_dtype=torch.bfloat16).warnings
-    assert "packed 4-bit weights" in cast and "bnb_4bit_quant_storage" in cast
-    plain = build(case._replace(prep="kbit", storage=torch.bfloat16), bases)
+    report = preflight(model, policy_of("layers", model), 2, compute_dtype=compute)
+    assert report.ok == loss_is_right
+    if not loss_is_right:
+        with pytest.raises(PreflightError, match=r"base_layer.weight does not fit"):
+            report.raise_if_bad()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for module in [m for m in model.modules() if isinstance(m, LlamaDecoderLayer)] + [model]:
+        fully_shard(
+            module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute)
+        )
+    loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert (abs(loss - right) < 0.005) == loss_is_right, (loss, right)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_tied_weights_in_two_units(use_orig_params):
+    """FSDP 1 copies a tied weight into both units, or, with use_orig_params, leaves it in the first one alone."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    policy = ModuleWrapPolicy({torch.nn.Embedding})
+    report = preflight(model, policy, use_orig_params=use_orig_params)
+    wrapped = wrap(model, policy, use_orig_params)
+    real = [set(m._flat_param._fqns) for m in FullyShardedDataParallel.fsdp_modules(wrapped)]
+    assert (
+        ("lm_head.weight" in report.units[-1].parameters)
+        == ("lm_head.weight" in real[0])
+        == (not use_orig_params)
+    )
+    assert bool(report.warnings) == (not use_orig_params)
+
+
+def test_it_warns_of_rounded_rotary_frequencies(bases):
+    case = Case("custom", torch.bfloat16, torch.bfloat16, "layers", True, "lora")
+    policy = policy_of("layers", None)
+    assert not preflight(build(case, bases), policy, 1, compute_dtype=torch.bfloat16).warnings
+    plain = build(case._replace(prep="kbit"), bases)
     assert any(
         "rotary" in text for text in preflight(plain, policy, 1, compute_dtype=torch.bfloat16).warnings
     )
+    assert not preflight(plain, policy, 2, compute_dtype=torch.bfloat16).warnings
     with pytest.raises(ValueError, match="fsdp_version=3"):
-        preflight(model, policy, fsdp_version=3)
+        preflight(plain, policy, fsdp_version=3)
 
 
 def test_the_table_has_a_line_for_each_kind_of_unit(bases):
