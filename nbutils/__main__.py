@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     script = commands.add_parser("script", help="write the training script of notebook 04 into a folder")
     script.add_argument("folder", type=Path)
 
-    commands.add_parser("doctor", help="look at this machine: can it run the course?")
+    look = commands.add_parser("doctor", help="look at this machine: can it run the course?")
+    look.add_argument("--model", default="tiny", help="tiny, llama32_1b, llama31_8b or llama31_70b (tiny)")
+    look.add_argument("--processes", help="ranks that will run (the number of GPUs)")
 
     options = parser.parse_args(arguments)
     # Each command imports what it needs when it is called: `--help` answers at once.
@@ -43,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "doctor":
         from nbutils.doctor import main as doctor
 
-        return doctor() or 0
+        words = ["--processes", options.processes] if options.processes else []
+        return doctor(["--model", options.model, *words])
     if options.command == "script":
         from nbutils.recipe import write_script
 
