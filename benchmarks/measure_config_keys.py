@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,7 +72,12 @@ def with_adapter(base: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """A copy of the base with a LoRA adapter in bf16 on its linear layers (TRL casts adapters to bf16 too)."""
     torch.manual_seed(seed)
     lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(base), lora)
+    model = copy.deepcopy(base)
+    for layer in (module for module in model.modules() if isinstance(module, Linear4bit)):
+        layer.quant_state = (
+            layer.weight.quant_state
+        )  # one object, as after loading: it moves to the GPU with the weight
+    model = get_peft_model(model, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -225,6 +231,7 @@ def accelerator_for(file: Path):
     """An Accelerator as a launched process would have it for this file."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
 
     for name in [
         name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_MIXED_PRECISION"
@@ -232,11 +239,9 @@ def accelerator_for(file: Path):
         del os.environ[name]
     os.environ.update(configs.launch_environment(file))
     AcceleratorState._reset_state()
-    # The rehearsal sets the type to FSDP; a plain one must be there again before the next Accelerator reads it.
-    if not torch.cuda.is_available():
-        from accelerate.utils import DistributedType
-
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    # The Accelerator before this one has set the type to FSDP. A plain one must be there before the next looks.
+    plain = DistributedType.MULTI_GPU if torch.cuda.is_available() else DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = plain
     return Accelerator()
 
 
@@ -579,7 +584,12 @@ def attempt(function, *args, **kwargs) -> dict:
     try:
         return function(*args, **kwargs)
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        message = (str(error).splitlines() or [""])[0]
+        return {
+            "error": f"{type(error).__name__}: {message}",
+            "where": f"{last.filename.rsplit('site-packages/')[-1]}, line {last.lineno}, {last.name}",
+        }
 
 
 def provenance(command: str, commit: str) -> dict:

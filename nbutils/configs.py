@@ -1,5 +1,6 @@
 """Accelerate's config files: what a file turns into, and one for the reader's machine."""
 
+import argparse
 import contextlib
 import os
 import tempfile
@@ -33,14 +34,32 @@ def flat_keys(file: str | Path) -> dict[str, object]:
 def launch_environment(file: str | Path) -> dict[str, str]:
     """The environment variables that `accelerate launch` would give to the processes of a config file.
 
-    Accelerate's own launcher computes them; nothing is started.
-
     Args:
         file: a YAML file for `accelerate launch`.
 
     Returns:
         The variables whose names begin with `ACCELERATE_` or `FSDP_`.
     """
+    variables, _ = _prepared(file)
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def torchrun_arguments(file: str | Path) -> dict[str, str]:
+    """What `accelerate launch` would tell torchrun about machines and processes.
+
+    Args:
+        file: a YAML file for `accelerate launch`.
+
+    Returns:
+        `nnodes`, `nproc_per_node`, `node_rank` and, if the file sets them, the rendezvous.
+    """
+    _, arguments = _prepared(file)
+    names = ("nnodes", "nproc_per_node", "node_rank", "master_addr", "rdzv_backend", "rdzv_endpoint")
+    return {name: str(vars(arguments)[name]) for name in names if vars(arguments).get(name) not in (None, "")}
+
+
+def _prepared(file: str | Path) -> tuple[dict[str, str], argparse.Namespace]:
+    """Let accelerate's own launcher work out a launch; nothing is started."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -49,10 +68,10 @@ def launch_environment(file: str | Path) -> dict[str, str]:
     )  # unknown keys and missing files are refused here, with accelerate's message
     arguments = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
     arguments, _, _ = _validate_launch_command(arguments)
-    arguments.main_process_port = 0  # any free port: nothing will listen
+    if arguments.num_machines == 1:
+        arguments.main_process_port = 0  # any free port: nothing will listen
     with _environment({}, clear=("ACCELERATE_", "FSDP_")):
-        variables = prepare_multi_gpu_env(arguments)
-    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+        return prepare_multi_gpu_env(arguments), arguments
 
 
 def resolve(file: str | Path) -> FullyShardedDataParallelPlugin:

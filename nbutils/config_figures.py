@@ -1,0 +1,63 @@
+"""The two figures of lesson 01: what a strategy keeps and moves, and in what order weights are asked for."""
+
+import matplotlib.pyplot as plt
+
+from nbutils.plots import GREEN, ORANGE, SKY, show
+
+
+def backward_order(events: list, layers: list[str]) -> list[tuple[str, str]]:
+    """The events of the backward pass that concern whole layers.
+
+    Args:
+        events: what a rank logged in one step: ("gather", unit, bytes), ("forward", layer), ("backward", layer), ...
+        layers: names of the layers to follow, like "layers.3".
+
+    Returns:
+        ("get" or "do", layer) in the order in which the rank issued them.
+    """
+    begin = max(i for i, event in enumerate(events) if event[0] == "forward")
+    words = {"gather": "get", "backward": "do"}
+    return [(words[e[0]], e[1]) for e in events[begin + 1 :] if e[0] in words and e[1] in layers]
+
+
+def draw_strategies(rows: dict[str, tuple[float, float, float]]) -> None:
+    """Bars of the bytes on a rank beside the bytes that it receives.
+
+    Args:
+        rows: setting to (kept all the time, gathered between the passes, received in a step), in KiB.
+    """
+    names = list(rows)
+    kept, held, moved = zip(*rows.values())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), sharey=True)
+    left.barh(names, kept, label="kept all the time")
+    left.barh(names, held, left=kept, hatch="///", label="gathered, between the passes")
+    left.set_xlabel("KiB of weights on a rank")
+    left.legend(loc="upper center", bbox_to_anchor=(0.4, 1.28), fontsize=8)
+    left.invert_yaxis()
+    right.barh(names, moved, color=GREEN)
+    right.set_xlabel("KiB received by a rank in a step")
+    told = [f"{n}: {a:.0f} KiB kept, {b:.0f} gathered, {c:.0f} moved" for n, (a, b, c) in rows.items()]
+    show(figure, "Bars for each setting. " + "; ".join(told) + ".")
+
+
+def draw_orders(orders: dict[str, list[tuple[str, str]]]) -> None:
+    """One row of boxes for each setting, in the order in which the rank issued gathers and computation.
+
+    Args:
+        orders: setting to what `backward_order` returned.
+    """
+    figure, axis = plt.subplots(figsize=(7.2, 3.2))
+    for row, events in enumerate(orders.values()):
+        for column, (word, unit) in enumerate(events):
+            colour, edge = (SKY, 1.5) if word == "get" else (ORANGE, 0.0)
+            axis.barh(row, 0.94, left=column, color=colour, edgecolor="black", linewidth=edge)
+            axis.text(column + 0.45, row, f"{word} {unit[-1]}", ha="center", va="center", fontsize=8)
+    axis.set_yticks(range(len(orders)), [name.replace(", adapter", ",\nadapter") for name in orders])
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.grid(False)
+    axis.set_xlabel("time, as rank 0 sees it. get 3: ask for layer 3's weights; do 3: compute layer 3")
+    told = [
+        f"{name}: {', '.join(f'{word} {unit[-1]}' for word, unit in order)}" for name, order in orders.items()
+    ]
+    show(figure, "Order of events in the backward pass. " + "; ".join(told) + ".")

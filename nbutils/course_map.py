@@ -1,0 +1,73 @@
+"""The course at a glance, kept as data: what each notebook answers, how long it takes, what it needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path("notebooks")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One notebook.
+
+    Args:
+        name: the file without its ending.
+        question: what it answers.
+        run: minutes of the tiny run on two CPU cores, rounded up.
+        reading: minutes for reading it.
+        exercises: minutes for its exercises.
+        needs: what must be there.
+    """
+
+    name: str
+    question: str
+    run: int
+    reading: int
+    exercises: int
+    needs: str
+
+    def state(self) -> str:
+        """Empty if the notebook is there, else a remark."""
+        return "" if (FOLDER / f"{self.name}.ipynb").is_file() else "not written yet"
+
+
+LESSONS = [
+    Lesson(
+        "00_start_here",
+        "Can this machine do it, and what will it take?",
+        1,
+        10,
+        10,
+        "Linux, Python 3.11 to 3.13",
+    ),
+    Lesson(
+        "01_fsdp_config_choices",
+        "What does each line of the config do?",
+        2,
+        30,
+        15,
+        "nothing more",
+    ),
+    Lesson(
+        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 2, 20, 15, "nothing more"
+    ),
+    Lesson("03_custom_prep", "What must the prep do, then?", 2, 30, 20, "nothing more"),
+    Lesson("04_write_and_launch", "How do I train?", 3, 15, 15, "70B: 2 GPUs of 24 GB, 150 GiB host memory"),
+    Lesson(
+        "05_save_verify_merge",
+        "How do I get my model out?",
+        2,
+        20,
+        15,
+        "a run of 04; 70B merge: 150 GiB disk",
+    ),
+    Lesson(
+        "06_scale_to_70b",
+        "Will 70B fit, and how fast?",
+        2,
+        25,
+        15,
+        "GPUs for its dry run; recorded otherwise",
+    ),
+    Lesson("07_when_it_breaks", "I see this message.", 2, 15, 10, "nothing more"),
+]

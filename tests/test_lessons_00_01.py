@@ -1,0 +1,188 @@
+"""Lessons 00 and 01: they cover every key, they run, and what they say is what was measured."""
+
+import json
+import re
+
+import nbformat
+import papermill
+import pytest
+
+from nbutils import configs, recorded
+from nbutils.course import ROOT
+from nbutils.course_map import LESSONS
+
+START, KEYS = ROOT / "notebooks/00_start_here.ipynb", ROOT / "notebooks/01_fsdp_config_choices.ipynb"
+PARTS = ("**Question.**", "**Measurement.**", "**Change it when**")
+
+
+def sections() -> dict[tuple[str, ...], list]:
+    """The sections of lesson 01 that are about keys: (keys of the heading) -> [(kind, text), ...]."""
+    found, keys = {}, None
+    for cell in nbformat.read(KEYS, as_version=4).cells:
+        pieces = (
+            re.split(r"^(#+ .*)$", cell.source, flags=re.MULTILINE)
+            if cell.cell_type == "markdown"
+            else [cell.source]
+        )
+        for piece in pieces:
+            if cell.cell_type == "markdown" and re.match(r"#+ ", piece):
+                keys = tuple(re.findall(r"`([a-z0-9_]+)`", piece)) if piece.startswith("### ") else None
+                if keys:
+                    found[keys] = []
+            elif keys:
+                found[keys].append((cell.cell_type, piece))
+    return found
+
+
+def test_the_keys_of_the_lesson_are_the_keys_of_the_files():
+    explained = [key for keys in sections() for key in keys]
+    in_files = set()
+    for file in (ROOT / "configs/accelerate").glob("*.yaml"):
+        in_files |= configs.flat_keys(file).keys()
+    assert sorted(explained) == sorted(in_files)  # both ways, and no key twice
+
+
+def test_each_key_comes_as_question_measurement_and_when_to_change_it():
+    for keys, pieces in sections().items():
+        text = "\n".join(piece for kind, piece in pieces if kind == "markdown")
+        assert [part for part in PARTS if part in text] == list(PARTS), keys
+        assert any(kind == "code" for kind, _ in pieces), f"{keys}: nothing is measured"
+
+
+@pytest.mark.parametrize("notebook", [START, KEYS], ids=lambda path: path.stem)
+def test_exercises_come_as_stub_solution_and_check(notebook):
+    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if "# solution begin" in c.source]
+    assert len(cells) >= 3
+    for source in cells:
+        stub = source[: source.index("# solution begin")]
+        assert re.search(r"= \.\.\.", stub), "the stub has nothing to fill in"
+        assert source.index("# solution begin") < source.index("# solution end") < source.index("check(")
+
+
+def test_the_map_names_every_notebook():
+    assert [lesson.name[:2] for lesson in LESSONS] == [f"{n:02d}" for n in range(8)]
+    there = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert there <= {lesson.name for lesson in LESSONS}
+
+
+def test_a_result_that_is_not_recorded_is_said_to_be_missing():
+    assert recorded.load("nothing_of_this_name") is None
+    assert "not recorded" in recorded.label(None)
+
+
+@pytest.mark.parametrize("name", ["config_keys_2gpu", "config_keys_4gpu"])
+def test_recorded_results_say_where_they_come_from(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    report = recorded.load(name)
+    if report is None:
+        pytest.skip(f"{name} has not been recorded yet")
+    assert report["machine"]["gpus"] and report["machine"]["driver"]
+    assert {"torch", "accelerate", "peft"} <= report["versions"].keys()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["date"]) and report["commit"] and report["command"]
+    for variant in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "offload", "NO_PREFETCH", "fsdp2 reshard"):
+        assert "error" not in report["ranks"][0]["variants"][variant], variant
+    assert "/" not in recorded.label(report)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Lesson 01 executed once: (all printed text, the measurement of each rank)."""
+    folder = tmp_path_factory.mktemp("lesson01")
+    # A folder of no name that a machine could be known by, and below the root, as the runner's are.
+    run_dir = ROOT / "runs" / "test_lesson01"
+    done = folder / "done.ipynb"
+    papermill.execute_notebook(
+        KEYS, done, {"run_dir": str(run_dir)}, cwd=str(ROOT), progress_bar=False, kernel_name="python3"
+    )
+    cells = nbformat.read(done, as_version=4).cells
+    text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+    report = json.loads((run_dir / "01_config_keys.json").read_text(encoding="utf-8"))
+    return text, report["ranks"]
+
+
+@pytest.mark.notebook
+@pytest.mark.launch
+class TestLesson01:
+    """What the lesson says, held against what its own run measured."""
+
+    def test_its_exercises_are_solved(self, executed):
+        assert executed[0].count("  OK") >= 7
+
+    def test_it_was_real_fsdp(self, executed):
+        for variant in executed[1][0]["variants"].values():
+            assert "error" in variant or variant["distributed_type"] == "FSDP"
+
+    def test_strategies_keep_and_hold_what_the_lesson_says(self, executed):
+        v = executed[1][0]["variants"]
+        full = sum(unit["full"] for unit in v["FULL_SHARD"]["units"].values())
+        assert v["FULL_SHARD"]["resident_after_wrapping"]["shard"] * 2 == pytest.approx(full, rel=0.01)
+        assert v["NO_SHARD"]["resident_after_wrapping"]["shard"] == full
+        assert v["SHARD_GRAD_OP"]["resident_after_forward"]["gathered"] == pytest.approx(full, rel=0.01)
+        root = v["FULL_SHARD"]["units"]["root"]["full"]
+        assert v["FULL_SHARD"]["resident_after_forward"]["gathered"] == pytest.approx(root, rel=0.01)
+        moved = {name: sum(v[name]["moved"].values()) for name in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")}
+        assert moved["FULL_SHARD"] > moved["SHARD_GRAD_OP"] > moved["NO_SHARD"] > 0
+
+    def test_hybrid_shards_nothing_on_a_cpu(self, executed):
+        v = executed[1][0]["variants"]
+        assert v["HYBRID_SHARD"]["resident_after_wrapping"] == v["NO_SHARD"]["resident_after_wrapping"]
+
+    def test_the_file_policy_needs_original_parameters_and_moves_more(self, executed):
+        v = executed[1][0]["variants"]
+        assert "uniform `requires_grad`" in v["file policy, flat"]["error"]
+        assert (
+            v["file policy, orig"]["moved"]["reduce_scatter"] > 3 * v["FULL_SHARD"]["moved"]["reduce_scatter"]
+        )
+
+    def test_only_whole_layer_units_fetch_the_next_layer_early(self, executed):
+        def order(name):
+            kinds = [(e[0], e[1]) for e in executed[1][0]["variants"][name]["events"]]
+            return kinds.index(("backward", "layers.3")), max(
+                i for i, kind in enumerate(kinds) if kind == ("gather", "layers.2")
+            )
+
+        for name in ("file policy, orig", "fsdp2 reshard"):
+            computed, fetched = order(name)
+            assert fetched < computed, name
+        for name in ("FULL_SHARD", "NO_PREFETCH"):
+            computed, fetched = order(name)
+            assert fetched > computed, name
+
+    def test_without_sync_the_adapter_is_a_patchwork(self, executed):
+        for rank in executed[1]:
+            seen = rank["sync_module_states"]["False"]
+            assert 0.4 < seen["equal_to_own_start"] < 0.6
+            assert 0.4 < seen["equal_to_rank0_start"] < 0.6
+
+    def test_the_loading_key_spares_nothing(self, executed):
+        seen = executed[1][1]["cpu_ram_efficient_loading"]["NF4, key on"]
+        assert seen["bytes_equal_to_rank0"] == seen["bytes"] > 0
+
+    def test_fsdp1_rounds_rotary_frequencies_and_fsdp2_does_not(self, executed):
+        v = executed[1][0]["variants"]
+        assert v["FULL_SHARD"]["inv_freq"]["after"] != v["FULL_SHARD"]["inv_freq"]["before"]
+        for name in ("fsdp2 reshard", "no policy of precision"):
+            assert v[name]["inv_freq"]["after"] == v[name]["inv_freq"]["before"]
+        assert v["mixed bf16"]["gradient_dtypes"] == ["float32"]
+
+    def test_the_adapter_is_missing_from_a_checkpoint_of_fsdp1(self, executed):
+        files = executed[1][0]["state_dict_type"]["fsdp1 SHARDED_STATE_DICT"]["adapter only"]
+        assert [size for name, size in files.items() if name.endswith(".distcp")] == [0, 0]
+        whole = executed[1][0]["state_dict_type"]["fsdp2 SHARDED_STATE_DICT"]["adapter only"]
+        assert all(size > 0 for size in whole.values())
+
+    def test_it_shows_the_traps(self, executed):
+        text = executed[0]
+        assert "same plugin: True" in text
+        assert "asked for SHARD_GRAD_OP, got FULL_SHARD" in text
+        assert "plain accelerate launch on CPUs: MULTI_CPU" in text
+
+
+@pytest.mark.notebook
+def test_lesson_00_runs_and_holds_the_machine_against_the_model(tmp_path):
+    done = tmp_path / "done.ipynb"
+    papermill.execute_notebook(START, done, {}, cwd=str(ROOT), progress_bar=False, kernel_name="python3")
+    cells = nbformat.read(done, as_version=4).cells
+    text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+    assert "held against: tiny" in text and "FAIL on" in text
+    assert text.count("  OK") >= 3
