@@ -167,6 +167,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
             autosave_cell_every=0,  # saved after each cell; no second timer beside it
             execution_timeout=cell_timeout,
             coalesce_streams=True,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings concern servers, not readers
             on_cell_start=report.begin,
             on_cell_executed=report.end,
         )
