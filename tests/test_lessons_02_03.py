@@ -1,6 +1,7 @@
 """Lessons 02 and 03: what they show is what the package holds, and they notice when their failures are gone."""
 
 import ast
+import copy
 import re
 from pathlib import Path
 
@@ -89,8 +90,12 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
             source = source.replace('run_dir: str = ""', f"run_dir: str = {str(tmp_path)!r}")
             for marker, old, new in [edit for edit in left if edit[0] in source]:
                 assert old in source, f"the edit {old!r} does not fit the cell any more"
+                copied = {
+                    **namespace,
+                    "model": copy.deepcopy(namespace.get("model")),
+                }  # an edit must leave no trace
                 with pytest.raises(LessonObsolete, match="Lesson obsolete"):
-                    exec(source.replace(old, new), dict(namespace))
+                    exec(source.replace(old, new), copied)
                 left.remove((marker, old, new))
             exec(source, namespace)
     finally:
