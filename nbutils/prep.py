@@ -56,7 +56,8 @@ def keep_rotary_frequencies_exact(model: torch.nn.Module) -> int:
             if name in module._buffers:
                 frequencies = module._buffers.pop(name)
                 module._non_persistent_buffers_set.discard(name)
-                setattr(module, name, frequencies)
+                # detach() also drops the mark of torch.nn.Buffer, by which setattr would register it again
+                setattr(module, name, frequencies.detach())
                 hidden += 1
     return hidden
 

@@ -127,3 +127,11 @@ def test_hiding_the_frequencies_leaves_checkpoints_alone(folder):
     assert set(model.state_dict()) == keys and not any(
         "inv_freq" in name for name, _ in model.named_buffers()
     )
+
+
+def test_frequencies_of_a_model_made_from_a_configuration_are_hidden_too():
+    """There they are torch.nn.Buffer objects, which setattr registers by themselves."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    assert keep_rotary_frequencies_exact(model) == 2
+    assert not list(model.named_buffers()) and rotary_error(model) == 0
