@@ -29,24 +29,35 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--only", metavar="NN,NN", help="run only these notebooks")
     run.add_argument("--run-dir", default="", help="folder for the run, in place of runs/<time>")
     run.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks")
-    run.add_argument("--cell-timeout", type=int, default=3600, metavar="SECONDS", help="for each cell (3600)")
+    run.add_argument(
+        "--cell-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="for each cell; otherwise an hour, or the parameter time_limit and ten minutes, whichever is more",
+    )
 
     script = commands.add_parser("script", help="write the training script of notebook 04 into a folder")
     script.add_argument("folder", type=Path)
 
-    look = commands.add_parser("doctor", help="look at this machine: can it run the course?")
-    look.add_argument("--model", default="tiny", help="tiny, llama32_1b, llama31_8b or llama31_70b (tiny)")
-    look.add_argument("--processes", help="ranks that will run (the number of GPUs)")
+    refresh = commands.add_parser("refresh", help="execute the notebooks again and write their outputs back")
+    refresh.add_argument(
+        "--check", action="store_true", help="write nothing; fail if an output says something else"
+    )
 
-    options = parser.parse_args(arguments)
+    commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
+
+    options, others = parser.parse_known_args(arguments)
+    if others and options.command != "doctor":  # the doctor reads its own
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
         return _run(options)
+    if options.command == "refresh":
+        return _refresh(options)
     if options.command == "doctor":
         from nbutils.doctor import main as doctor
 
-        words = ["--processes", options.processes] if options.processes else []
-        return doctor(["--model", options.model, *words])
+        return doctor(others)
     if options.command == "script":
         from nbutils.recipe import write_script
 
@@ -78,6 +89,19 @@ def _run(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    from nbutils.reading import refresh
+    from nbutils.runner import SeriesFailed
+
+    try:
+        changed = refresh(check_only=options.check)
+    except SeriesFailed as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print("\n".join(changed) or "Every notebook says what it said before.")
+    return 1 if options.check and changed else 0
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def quiet() -> None:
     for logger, beginning in NOISE:
         logging.getLogger(logger).addFilter(_without(beginning))
     warnings.filterwarnings("ignore", category=FutureWarning, module=FUTURE_WARNINGS_OF)
+    # On a CPU there is nothing to pin memory for; the DataLoader's default says so each time.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     # Read when the libraries are imported; a bar that redraws itself becomes debris in a saved notebook.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

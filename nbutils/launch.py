@@ -1,8 +1,8 @@
 """Start a script on several ranks with `accelerate launch`, follow it, and end every rank when it must end.
 
 Run from a notebook cell or a terminal alike. A shell command in a cell (`!accelerate launch ...`) hides a failing exit
-status, mixes the tracebacks of all ranks, and leaves ranks behind after an interrupt: torchrun gives each rank a session
-of its own, which the terminal's Ctrl-C does not reach.
+status, mixes the tracebacks of all ranks, and leaves ranks behind after an interrupt: torchrun gives each rank a
+session of its own, which the terminal's Ctrl-C does not reach.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from nbutils.course import ROOT
-from nbutils.progress import read_progress
+from nbutils.follow import read_progress
 
 POLL = 0.25  # seconds between two looks at the run
 GRACE = 3.0  # seconds a rank has to end by itself before it is killed
@@ -276,9 +276,9 @@ _ENDED_BY_AGENT = re.compile(r"Sending process (\d+) closing signal")
 def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
     """Find out which rank failed first, and with what.
 
-    torchrun ends the other ranks when one has failed, and ranks that wait for a dead one raise errors of their own: the
-    last traceback in a log is seldom the cause. A rank that was killed from outside comes first; else the rank whose
-    error was written first.
+    torchrun ends the other ranks when one has failed, and ranks that wait for a dead one raise errors of their own:
+    the last traceback in a log is seldom the cause. A rank that was killed from outside comes first; else the rank
+    whose error was written first.
 
     Args:
         log: the output of all ranks.
@@ -315,16 +315,22 @@ def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
         message = f"Rank {rank} failed first:\n{error}\n{place}{where}"
         return LaunchFailed(message, log=log, rank=rank, error=error, returncode=returncode)
     error = _last_words(text)
-    message = f"accelerate launch ended with exit status {returncode} before any rank reported an error:\n{error}\n{where}"
-    return LaunchFailed(message, log=log, error=error, returncode=returncode)
+    message = (
+        f"accelerate launch ended with exit status {returncode} before any rank reported an error:\n{error}"
+    )
+    return LaunchFailed(f"{message}\n{where}", log=log, error=error, returncode=returncode)
 
 
 def _recorded(path: Path) -> tuple[str, str]:
     """The error that `torch.distributed.elastic`'s `record` wrote, and the place in the code where it arose."""
-    message = json.loads(path.read_text())["message"]
+    try:
+        message = json.loads(path.read_text())["message"]
+    except (ValueError, KeyError):  # the rank was ended while it wrote
+        return "(its error file is damaged; see the log)", ""
     if isinstance(message, str):
         return message, ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', message["extraInfo"]["py_callstack"])
+    stack = message.get("extraInfo", {}).get("py_callstack", "")
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', stack)
     if not frames:
         return message["message"], ""
     file, line, function = frames[-1]
@@ -383,7 +389,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Display:
-    """The progress line: one output that is rewritten in a notebook, one line in a terminal, the last state elsewhere."""
+    """The progress line: rewritten in a notebook and in a terminal; elsewhere its last state, once."""
 
     def __init__(self, show: bool, live: bool):
         self.show, self.live = show, live
@@ -416,7 +422,7 @@ class _Display:
         from IPython.display import display
 
         if self.live and not final:
-            text = f"{text}\n\n{_curve(lines)}"
+            text = f"{text}\n\n{loss_curve(lines)}"
         bundle = {"text/plain": text}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
@@ -433,7 +439,7 @@ def _in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def _curve(lines: list[dict], height: int = 8, width: int = 60) -> str:
+def loss_curve(lines: list[dict], height: int = 8, width: int = 60) -> str:
     """The training loss as a small chart of characters, which every front end shows."""
     losses = [line["loss"] for line in lines if "loss" in line][-width:]
     if len(losses) < 2:

@@ -32,6 +32,7 @@ LIMITS = {
     "lora_r": (lambda value: value >= 1, "it must be at least 1"),
     "max_length": (lambda value: value >= 8, "it must be at least 8 tokens"),
     "max_steps": (lambda value: value >= 1 or value == -1, "it must be at least 1, or -1 for whole epochs"),
+    "time_limit": (lambda value: value >= 60, "it must be at least 60 seconds"),
     "learning_rate": (lambda value: 0 < value < 1, "it must lie between 0 and 1"),
 }
 

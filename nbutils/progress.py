@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-PROGRESS_FILE = "progress.jsonl"
+from nbutils.follow import PROGRESS_FILE, read_progress
+
+__all__ = ["PROGRESS_FILE", "ProgressLog", "read_progress"]
 
 
 class ProgressLog(TrainerCallback):
@@ -31,7 +33,9 @@ class ProgressLog(TrainerCallback):
         self._write(state, {})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._write(state, {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)})
+        self._write(
+            state, {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        )
 
     def _write(self, state, figures: dict) -> None:
         if not state.is_world_process_zero:
@@ -41,18 +45,3 @@ class ProgressLog(TrainerCallback):
         line = {**figures, "step": state.global_step, "max_steps": state.max_steps, "seconds": seconds}
         with self.path.open("a") as out:
             out.write(json.dumps(line) + "\n")
-
-
-def read_progress(folder: str | Path) -> list[dict]:
-    """The lines written so far, oldest first; a last line that is still being written is left out.
-
-    Args:
-        folder: the output folder of the run.
-
-    Returns:
-        A list of dictionaries, empty if the run has not begun to train.
-    """
-    path = Path(folder) / PROGRESS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

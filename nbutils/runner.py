@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ import yaml
 
 from nbutils import parameters
 from nbutils.course import ROOT, RUNS, go_to_root, new_run_dir, point_latest_to
+from nbutils.follow import read_progress
+from nbutils.launch import progress_line
 
 NOTEBOOKS = Path("notebooks")
 TRAINING_NOTEBOOK = "04_write_and_launch"
-CELL_TIMEOUT = 3600  # seconds; papermill has none of its own
+CELL_TIMEOUT = 3600  # seconds, if a launch may not take longer; papermill has no limit of its own
+AROUND_A_LAUNCH = 600  # seconds that a cell may take in addition to the launch in it
 PACKAGES = [
     *("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets"),
     *("papermill", "nbclient", "jupyterlab", "matplotlib"),
@@ -82,7 +86,7 @@ def run_series(
     only: list[str] | None = None,
     run_dir: str | Path = "",
     folder: Path = NOTEBOOKS,
-    cell_timeout: int = CELL_TIMEOUT,
+    cell_timeout: int | None = None,
 ) -> Path:
     """Check every parameter, execute the notebooks into a run folder, and write `summary.json` there.
 
@@ -93,7 +97,8 @@ def run_series(
         only: run only these notebooks.
         run_dir: another folder for the run.
         folder: of the notebooks.
-        cell_timeout: seconds a cell may take.
+        cell_timeout: seconds a cell may take; None means an hour, or more if the parameter `time_limit` of a
+            launch asks for it.
 
     Returns:
         The run folder.
@@ -113,6 +118,8 @@ def run_series(
     for name, text in (overrides or {}).items():
         values[name] = parameters.from_command_line(name, text, contracts)
     parameters.check(values, contracts)
+
+    cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
 
     run_dir = new_run_dir(run_dir)
     if run_dir.resolve().parent == (root / RUNS).resolve():
@@ -147,7 +154,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
     if "run_dir" in entry.contract:
         given["run_dir"] = str(run_dir)
     output = run_dir / f"{entry.name}.ipynb"
-    report = _CellLines(f"[{place}] {entry.name}", entry.source)
+    report = _CellLines(f"[{place}] {entry.name}", entry.source, run_dir)
     started = time.monotonic()
     entry.status = "failed"
     try:
@@ -186,31 +193,44 @@ def _indented(source: str, lines: int = 12) -> str:
 
 
 class _CellLines:
-    """Progress on the terminal: one line that is rewritten; in a log file one line a notebook, and one a slow cell."""
+    """Progress on the terminal: one line that is rewritten each second; in a log file a line for each slow cell."""
 
     SLOW = 5.0  # seconds
 
-    def __init__(self, label: str, notebook: Path):
+    def __init__(self, label: str, notebook: Path, run_dir: Path):
         cells = nbformat.read(notebook, as_version=4).cells
-        self.label, self.total, self.source = label, len(cells), ""
-        self.tty = sys.stdout.isatty()
-        self.started = 0.0
-        if not self.tty:
+        self.label, self.total, self.train_dir = label, len(cells), run_dir / "train"
+        self.source, self.place, self.started, self.seen = "", 0, 0.0, 0
+        self.closed = threading.Event()
+        if sys.stdout.isatty():
+            threading.Thread(target=self._keep_rewriting, daemon=True).start()
+        else:
             print(label, flush=True)
 
     def begin(self, cell, cell_index: int) -> None:
-        self.source, self.started = cell.source, time.monotonic()
-        if self.tty:
-            title = cell.source.strip().splitlines()[0][:60] if cell.source.strip() else ""
-            print(f"\r\033[K{self.label}  cell {cell_index + 1}/{self.total}  {title}", end="", flush=True)
+        self.source, self.place, self.started = cell.source, cell_index + 1, time.monotonic()
+        self.seen = len(read_progress(self.train_dir))
 
     def end(self, cell, cell_index: int, **_) -> None:
         seconds = time.monotonic() - self.started
-        if not self.tty and seconds >= self.SLOW:
+        if not sys.stdout.isatty() and seconds >= self.SLOW:
             print(f"    cell {cell_index + 1}/{self.total}: {seconds:.0f} s", flush=True)
 
+    def line(self) -> str:
+        """Where the notebook is; while a launch trains, where the training is."""
+        training = read_progress(self.train_dir)[self.seen :]
+        seconds = time.monotonic() - self.started
+        doing = progress_line(training, seconds) if training else f"{seconds:.0f} s"
+        return f"{self.label}  cell {self.place}/{self.total}  {doing}"
+
+    def _keep_rewriting(self) -> None:
+        while not self.closed.wait(1.0):
+            if self.place:
+                print(f"\r\033[K{self.line()}", end="", flush=True)
+
     def close(self, status: str, seconds: float) -> None:
-        start = f"\r\033[K{self.label}  " if self.tty else "    "
+        self.closed.set()
+        start = f"\r\033[K{self.label}  " if sys.stdout.isatty() else "    "
         print(f"{start}{status}, {seconds:.0f} s", flush=True)
 
 

@@ -11,7 +11,15 @@ import pytest
 from jupyter_client import KernelManager
 
 from nbutils.course import ROOT
-from nbutils.launch import LaunchFailed, copyable, launch, launch_command, progress_line
+from nbutils.launch import (
+    LaunchFailed,
+    copyable,
+    first_failure,
+    launch,
+    launch_command,
+    loss_curve,
+    progress_line,
+)
 
 CONFIG = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
 pytestmark = pytest.mark.launch
@@ -247,3 +255,18 @@ def test_the_progress_line_tells_step_loss_and_time_left():
     ]
     assert progress_line(lines, 40) == "[#####...............] step 2/8 | loss 5.5000 | 1:30 left"
     assert progress_line([], 61).endswith("1:01")
+
+
+def test_the_live_curve_falls_when_the_loss_falls():
+    rows = loss_curve([{"loss": 3.0}, {"step": 1}, {"loss": 2.0}, {"loss": 1.0}], height=3).splitlines()
+    assert rows == ["  3.0000 |o  ", "         | o ", "  1.0000 |  o"]
+    assert loss_curve([{"loss": 3.0}]) == ""
+
+
+def test_a_damaged_error_file_does_not_hide_the_failure(tmp_path):
+    (tmp_path / "log").write_text("")
+    folder = tmp_path / "ranks/run/attempt_0/1"
+    folder.mkdir(parents=True)
+    (folder / "error.json").write_text('{"message": {"mess')
+    failed = first_failure(tmp_path / "log", tmp_path / "ranks", 1)
+    assert str(failed).startswith("Rank 1 failed first:\n(its error file is damaged")

@@ -125,6 +125,13 @@ def test_every_fault_is_named_at_once_and_within_seconds_of_typing(tmp_path):
     assert "Did you mean max_steps?" in done.stderr and "Did you mean learning_rate?" in done.stderr
 
 
+def test_parameters_are_checked_before_anything_heavy_is_imported():
+    """Torch and transformers take seconds to import; a typing mistake need not wait for them."""
+    code = "import sys, nbutils.runner; print({'torch', 'transformers', 'papermill'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 def test_a_notebook_number_that_does_not_exist_is_refused(series, capsys):
     assert series("--only", "00,09") == 2
     assert "There is no notebook 09" in capsys.readouterr().err
@@ -304,3 +311,16 @@ def test_the_summary_names_every_part_that_is_missing():
     assert runner.what_is_missing(complete) == []
     complete["notebooks"][0]["executed_cells"] = 2
     assert "2 of 3 code cells" in runner.what_is_missing(complete)[0]
+
+
+def test_the_terminal_follows_the_training_in_a_notebook(tmp_path):
+    write_notebook(tmp_path, "04_write_and_launch", "x = 1")
+    lines = runner._CellLines("[1/1] 04", tmp_path / "04_write_and_launch.ipynb", tmp_path)
+    (tmp_path / "train").mkdir()
+    progress = tmp_path / "train" / "progress.jsonl"
+    progress.write_text('{"step": 9, "max_steps": 9, "seconds": 1, "loss": 0.0}\n')  # of an older launch
+    lines.begin(new_code_cell("launch()"), 2)
+    assert lines.line() == "[1/1] 04  cell 3/3  0 s"
+    with progress.open("a") as out:
+        out.write('{"step": 1, "max_steps": 4, "seconds": 2, "loss": 5.25}\n')
+    assert lines.line() == "[1/1] 04  cell 3/3  [#####...............] step 1/4 | loss 5.2500 | 0:06 left"

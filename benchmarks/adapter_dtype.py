@@ -1,0 +1,152 @@
+"""Does the adapter's dtype matter to the loss? A bf16 and an fp32 adapter over the same bf16-stored NF4 base.
+
+Run as: python benchmarks/adapter_dtype.py    (writes benchmarks/results/adapter_dtype.json; minutes on two CPU cores)
+
+One process, real FSDP 1, PEFT's wrap policy, gathers in bf16. The fp32 adapter computes in bf16 under autocast, and its
+optimizer steps in fp32: what `bf16=True` does under FSDP 1. The bf16 adapter steps in bf16: what `bf16=False` does.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from transformers import set_seed
+
+from nbutils.data import load_conversations
+from nbutils.loading import load_nf4, load_tokenizer
+from nbutils.prep import prepare_for_fsdp_qlora
+from nbutils.rehearsal import keep_four_bit_weights_in_order
+from nbutils.tiny import tiny_base
+
+ROWS, LENGTH = 2, 128  # a batch is (ROWS, LENGTH) tokens
+WINDOW = 10  # steps averaged for one point of the curve
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def batches(source: str, tokenizer) -> torch.Tensor:
+    """All conversations of a file as windows of tokens, shape (windows, LENGTH)."""
+    ids = []
+    for row in load_conversations(source):
+        ids += tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+
+
+def sharded(base: Path, adapter: torch.dtype, seed: int):
+    """The tiny base in NF4 with an adapter of this dtype, wrapped by FSDP 1."""
+    set_seed(seed)
+    model = prepare_for_fsdp_qlora(load_nf4(str(base)), activation_checkpointing=False)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter)
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model),
+        mixed_precision=MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        device_id=torch.device("cpu"),
+    )
+
+
+def run(
+    base: Path,
+    train: torch.Tensor,
+    heldout: torch.Tensor,
+    adapter: torch.dtype,
+    rate: float,
+    seed: int,
+    steps: int,
+):
+    """Train, and return the curve, the held-out loss, and the bytes of adapter and optimizer state."""
+    model = sharded(base, adapter, seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=adapter == torch.float32)
+    order = torch.Generator().manual_seed(seed)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        batch = train[torch.randint(len(train), (ROWS,), generator=order)]
+        with autocast:
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad(), autocast:
+        held = [
+            model(input_ids=part, labels=part).loss.item()
+            for part in heldout.split(ROWS)
+            if len(part) == ROWS
+        ]
+    states = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    return {
+        "adapter": str(adapter).removeprefix("torch."),
+        "learning_rate": rate,
+        "seed": seed,
+        "training_loss": [round(sum(losses[i : i + WINDOW]) / WINDOW, 4) for i in range(0, steps, WINDOW)],
+        "heldout_loss": round(sum(held) / len(held), 4),
+        "adapter_bytes": sum(p.numel() * p.element_size() for p in trained),
+        "optimizer_bytes": sum(value.numel() * value.element_size() for value in states),
+        "dtype_after_wrapping": sorted({str(p.dtype).removeprefix("torch.") for p in trained}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 6e-3])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_dtype.json"))
+    settings = parser.parse_args()
+
+    keep_four_bit_weights_in_order()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    base = tiny_base()
+    tokenizer = load_tokenizer(str(base))
+    train = batches("data/instructions/train.jsonl", tokenizer)
+    heldout = batches("data/instructions/heldout.jsonl", tokenizer)
+    runs = []
+    for rate in settings.rates:
+        for seed in settings.seeds:
+            for adapter in (torch.bfloat16, torch.float32):
+                runs.append(run(base, train, heldout, adapter, rate, seed, settings.steps))
+                print({key: value for key, value in runs[-1].items() if key != "training_loss"}, flush=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    record = {
+        "what": "bf16 and fp32 LoRA adapter over the tiny base in NF4, FSDP 1 on one process",
+        "command": "python benchmarks/adapter_dtype.py",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores of {_processor()}, no GPU",
+        "commit": commit,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "steps": settings.steps,
+        "batch": [ROWS, LENGTH],
+        "steps_logged": list(range(WINDOW, settings.steps + 1, WINDOW)),
+        "runs": runs,
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+if __name__ == "__main__":
+    main()
