@@ -5,6 +5,7 @@ Run as: python -m nbutils.dryrun --model llama31_70b --config configs/accelerate
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import psutil
 import yaml
 
 from nbutils.course import RUNS, go_to_root
-from nbutils.launch import LaunchFailed, launch, no_accelerator
+from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
 from nbutils.memory import GIB, SHAPES, Plan, Setup, Shape, plan, shape_of
 from nbutils.progress import read_progress
 from nbutils.recipe import write_script
@@ -162,13 +163,16 @@ def dry_run(
     if trace:
         variables["NBUTILS_PEAK_TRACE"] = "1"
     shutil.rmtree(run_dir / "ranks", ignore_errors=True)
+    what = (script, ["--config", str(settings)], config, "nbutils.measure", world_size)
     record = {
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "",
+        "command": " ".join(
+            [*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]
+        ),
         "config": {
             "model": shape.name,
             "num_layers": shape.layers,
@@ -191,22 +195,18 @@ def dry_run(
     host = HostMemory(run_dir / "ranks")
     try:
         with host:
-            result = launch(
-                script,
-                ["--config", str(settings)],
-                config,
+            launch(
+                *what[:3],
+                module=what[3],
+                num_processes=what[4],
                 log=run_dir / "train.log",
-                module="nbutils.measure",
-                num_processes=world_size,
                 output_dir=run_dir / "train",
                 timeout=timeout,
                 show=show,
             )
-        record["command"] = _command(variables, result.command)
     except LaunchFailed as problem:
         record["outcome"] = "oom" if _out_of_memory(problem) else "failed"
         record["error"] = problem.error or str(problem)
-        record["command"] = _command(variables, "")
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -404,7 +404,7 @@ def _measured(run_dir: Path, host: HostMemory, tokens_a_step: int) -> dict:
     ranks = [_lines(path) for path in sorted((run_dir / "ranks").glob("rank*.jsonl"))]
     peak = host.peak()
     steps = [line for line in ranks[0] if line["phase"] == "step"] if ranks else []
-    seconds = [round(b["time"] - a["time"], 3) for a, b in zip(steps, steps[1:])]
+    seconds = [round(b["time"] - a["time"], 3) for a, b in itertools.pairwise(steps)]
     counted = seconds[1:]  # from the end of step 2 on: the first two steps warm up
     mean = sum(counted) / len(counted) if counted else None
     peaks = [max((line.get("peak", 0) for line in lines), default=0) for lines in ranks]
@@ -506,10 +506,6 @@ def _predicted(expected: Plan, setup: Setup, cap_gib: float | None) -> dict:
 def _out_of_memory(problem: LaunchFailed) -> bool:
     text = f"{problem.error} {problem}"
     return "OutOfMemoryError" in text or "CUDA out of memory" in text
-
-
-def _command(variables: dict[str, str], command: str) -> str:
-    return " ".join([*(f"{name}={value}" for name, value in variables.items()), command]).strip()
 
 
 def describe(result: dict) -> str:

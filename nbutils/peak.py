@@ -24,7 +24,7 @@ def at_peak(trace: list[dict]) -> tuple[int, list[tuple[str, int, int]]]:
         trace: the events of one device, as `torch.cuda.memory._snapshot()["device_traces"][device]` holds them.
 
     Returns:
-        `(bytes, groups)`: bytes at the peak, and for each line of code `(place, bytes, number of blocks)`, largest first.
+        `(bytes, groups)`: bytes at the peak, and for each line of code `(place, bytes, blocks)`, largest first.
     """
     live: dict[int, dict] = {}
     total = peak = 0
