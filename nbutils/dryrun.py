@@ -1,0 +1,545 @@
+"""A dry run at full size, without a download: random weights of the real shapes, the real script, a few real steps.
+
+Run as: python -m nbutils.dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import yaml
+
+from nbutils.course import RUNS, go_to_root
+from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
+from nbutils.memory import GIB, SHAPES, Plan, Setup, Shape, plan, shape_of
+from nbutils.progress import read_progress
+from nbutils.recipe import write_script
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one dry run and return 0 if it trained, 3 if it ran out of memory."""
+    options = _parser().parse_args(arguments)
+    go_to_root()
+    shape = shape_of(options.model)
+    if options.layers:
+        shape = Shape(**{**vars(shape), "layers": options.layers})
+    if options.prepare_only:
+        print(prepare(shape, options.folder))
+        return 0
+    result = dry_run(
+        shape,
+        options.config,
+        batch=options.batch,
+        length=options.length,
+        steps=options.steps,
+        lora_r=options.lora_r,
+        cap_gib=options.cap_gib,
+        world_size=options.num_processes,
+        folder=options.folder,
+        run_dir=options.run_dir,
+        commit=options.commit,
+        extra=options.set,
+        changes=options.change,
+        trace=options.trace,
+        timeout=options.timeout,
+    )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(describe(result))
+    return {"ok": 0, "oom": 3}.get(result["outcome"], 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nbutils.dryrun", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", default="llama31_70b", help=f"one of {', '.join(SHAPES)}, or a local config.json"
+    )
+    parser.add_argument("--layers", type=int, help="build only so many of its layers")
+    parser.add_argument("--config", type=Path, help="for accelerate launch; left out: what fits this machine")
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of its fsdp_config in a copy",
+    )
+    parser.add_argument("--num-processes", type=int, help="ranks; left out: what the config says")
+    parser.add_argument("--cap-gib", type=float, help="let the GPU allocator have no more than this")
+    parser.add_argument("--batch", type=int, default=1, help="rows a rank and step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens a row")
+    parser.add_argument("--lora-r", type=int, default=16, help="rank of the adapter")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the script"
+    )
+    parser.add_argument("--folder", type=Path, help="where the random weights are kept (70B: 40 GB of disk)")
+    parser.add_argument("--run-dir", type=Path, help="where this run writes; left out: runs/dryrun/<time>")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--commit", default="", help="commit of this repository, for the record")
+    parser.add_argument("--timeout", type=float, default=560, help="seconds after which the launch is ended")
+    parser.add_argument("--trace", action="store_true", help="also record what was in GPU memory at the peak")
+    parser.add_argument("--prepare-only", action="store_true", help="only write the random weights")
+    return parser
+
+
+def dry_run(
+    shape: Shape,
+    config: str | Path | None = None,
+    *,
+    batch: int = 1,
+    length: int = 1024,
+    steps: int = 6,
+    lora_r: int = 16,
+    cap_gib: float | None = None,
+    world_size: int | None = None,
+    folder: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    commit: str = "",
+    extra: list[str] = (),
+    changes: list[str] = (),
+    trace: bool = False,
+    timeout: float = 560,
+    show: bool = True,
+) -> dict:
+    """Train the real script for a few steps on random weights, and compare its memory with the plan.
+
+    The prediction is written to `prediction.json` before the launch.
+
+    Args:
+        shape: of the model.
+        config: for `accelerate launch`; None takes what fits this machine.
+        batch: rows a rank and step.
+        length: tokens a row; every row has exactly so many, without padding.
+        steps: optimizer steps, at least 3: the first two are left out of the speed.
+        lora_r: rank of the adapter.
+        cap_gib: cap of the GPU allocator in GiB; None means the whole card.
+        world_size: ranks; None takes the config's.
+        folder: where the random weights are kept between dry runs.
+        run_dir: where this run writes.
+        commit: of this repository, for the record.
+        extra: settings of the script, `name=value`.
+        changes: keys of the config's `fsdp_config`, `key=value`; the changed copy lies in `run_dir`.
+        trace: also record what was in GPU memory at the peak, in `ranks/peak_rank0.json`; for few layers only.
+        timeout: seconds.
+        show: print the command and a progress line.
+
+    Returns:
+        The record; benchmarks/README.md names its keys. `outcome` is `ok`, `oom`, or `failed` with `error`.
+    """
+    from nbutils.launch import choose_config
+
+    config = Path(config) if config else choose_config()
+    run_dir = Path(run_dir or RUNS / "dryrun" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if changes:
+        config = _changed(config, changes, run_dir)
+    setup = Setup.read(config, world_size)
+    weights = prepare(shape, folder)
+    _forget_cuda()
+    script = write_script(run_dir)
+    settings = _settings(run_dir, weights, batch, length, steps, lora_r, setup.world_size, extra)
+    expected = plan(shape, setup, batch, length, lora_r)
+    predicted = _predicted(expected, setup, cap_gib)
+    (run_dir / "prediction.json").write_text(json.dumps(predicted, indent=1) + "\n")
+
+    variables = {"NBUTILS_MEASURE_DIR": str(run_dir / "ranks")}
+    if cap_gib:
+        variables["NBUTILS_CAP_GIB"] = str(cap_gib)
+    if trace:
+        variables["NBUTILS_PEAK_TRACE"] = "1"
+    shutil.rmtree(run_dir / "ranks", ignore_errors=True)
+    what = (script, ["--config", str(settings)], config, "nbutils.measure", world_size)
+    record = {
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(
+            [*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]
+        ),
+        "config": {
+            "model": shape.name,
+            "num_layers": shape.layers,
+            "fsdp_version": setup.fsdp_version,
+            "offload": setup.offload,
+            "cap_gib": cap_gib,
+            "world_size": setup.world_size,
+            "seq_len": length,
+            "batch_size": batch,
+            "lora_r": lora_r,
+            "accelerate_config": str(config),
+            "changes": list(changes),
+            "settings": list(extra),
+        },
+        "outcome": "ok",
+        "predicted": predicted,
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    host = HostMemory(run_dir / "ranks")
+    try:
+        with host:
+            launch(
+                *what[:3],
+                module=what[3],
+                num_processes=what[4],
+                log=run_dir / "train.log",
+                output_dir=run_dir / "train",
+                timeout=timeout,
+                show=show,
+            )
+    except LaunchFailed as problem:
+        record["outcome"] = "oom" if _out_of_memory(problem) else "failed"
+        record["error"] = problem.error or str(problem)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    record["measured"] = _measured(run_dir, host, batch * length * setup.world_size)
+    return record
+
+
+# ---- the random weights ---------------------------------------------------------------------------------------------
+
+
+def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
+    """Write an NF4 checkpoint of random weights in the given shape, unless it is there already.
+
+    Args:
+        shape: of the model.
+        folder: where such checkpoints are kept; None means `runs/cache`.
+
+    Returns:
+        The folder of the checkpoint: config, tokenizer (of 1,024 tokens, all within the vocabulary) and shards.
+    """
+    import torch
+    from transformers import LlamaConfig
+
+    from nbutils.loading import empty_model, linear_weights
+    from nbutils.quantise import write_nf4
+    from nbutils.tiny import read_prose, train_tokenizer
+
+    target = Path(folder or RUNS / "cache") / f"random-{shape.name}-{shape.layers}"
+    if (target / "complete.json").exists():
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.monotonic()
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=131072,
+        tie_word_embeddings=shape.tied,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        bos_token_id=0,
+        eos_token_id=7,
+        pad_token_id=3,
+    )
+    model = empty_model(config, pre_quantised=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random_tensors():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                yield name, torch.ones(parameter.shape, dtype=torch.bfloat16)
+            else:
+                weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                yield name, weight.normal_(0.0, 0.02, generator=generator)
+
+    size = write_nf4(target, config, random_tensors(), linear_weights(model), device)
+    tokenizer = train_tokenizer(read_prose()[0])
+    tokenizer.model_max_length = 131072
+    tokenizer.save_pretrained(target)
+    facts = {"bytes": size, "seconds": round(time.monotonic() - started, 1)}
+    (target / "complete.json").write_text(json.dumps(facts) + "\n")
+    print(f"{target}: {size / 1e9:.1f} GB of random NF4 weights in {facts['seconds']:.0f} s", flush=True)
+    return target
+
+
+def _forget_cuda() -> None:
+    """Give back what making the weights took of GPU memory in this process."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _settings(
+    run_dir: Path,
+    weights: Path,
+    batch: int,
+    length: int,
+    steps: int,
+    lora_r: int,
+    world_size: int,
+    extra: list[str],
+) -> Path:
+    """Write rows of exactly `length` tokens and the script's YAML."""
+    rows = max(8, steps * batch * world_size)
+    text = "a b c d e f g h " * (length // 8 + 2)  # at least one token a letter: the script cuts at `length`
+    for name, count in (("train.jsonl", rows), ("heldout.jsonl", world_size)):
+        lines = [json.dumps({"text": f"{chr(97 + n % 26)} {text}"}) for n in range(count)]
+        (run_dir / name).write_text("\n".join(lines) + "\n")
+    settings = {
+        "model": str(weights),
+        "dataset": str(run_dir / "train.jsonl"),
+        "heldout_dataset": str(run_dir / "heldout.jsonl"),
+        "output_dir": str(run_dir / "train"),
+        "max_steps": steps,
+        "max_length": length,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 1,
+        "completion_only_loss": False,  # every token of a row counts
+        "lora_r": lora_r,
+        "lora_alpha": 2 * lora_r,
+        "learning_rate": 1.0e-4,
+        "logging_steps": 1,
+        "eval_steps": 100000,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    for pair in extra:
+        name, _, value = pair.partition("=")
+        settings[name] = yaml.safe_load(value)
+    path = run_dir / "train.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    shutil.rmtree(run_dir / "train", ignore_errors=True)
+    return path
+
+
+def _changed(config: Path, changes: list[str], run_dir: Path) -> Path:
+    content = yaml.safe_load(config.read_text())
+    for pair in changes:
+        key, _, value = pair.partition("=")
+        content["fsdp_config"][key] = yaml.safe_load(value)
+    path = run_dir / config.name
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+class HostMemory:
+    """Watch the host memory of all ranks together while a launch runs; a page that ranks share counts once.
+
+    Args:
+        folder: where each rank's file names its process id.
+        interval: seconds between two looks.
+    """
+
+    def __init__(self, folder: Path, interval: float = 1.0):
+        self.folder, self.interval = folder, interval
+        self.samples: list[dict] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def peak(self) -> dict:
+        """The sample with the most memory that cannot be taken back: anonymous, shared and pinned."""
+        return max(self.samples, key=lambda sample: sample["held"], default={})
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval):
+            sample = {"time": time.time(), "rss": 0, "anonymous": 0, "shared": 0, "file": 0, "pinned": 0}
+            for rank in sorted(self.folder.glob("rank*.jsonl")):
+                lines = rank.read_text().splitlines()
+                if not lines:
+                    continue
+                sample["pinned"] += json.loads(lines[-1]).get("pinned", 0)
+                for name, value in _smaps(json.loads(lines[0])["pid"]).items():
+                    sample[name] += value
+            sample["system"] = psutil.virtual_memory().total - psutil.virtual_memory().available
+            sample["held"] = sample["anonymous"] + sample["shared"]
+            self.samples.append(sample)
+
+
+def _smaps(pid: int) -> dict[str, int]:
+    """A process's memory from `/proc/PID/smaps_rollup`, each shared page divided among those who share it."""
+    names = {"Rss": "rss", "Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "file"}
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:  # the process has ended, or the system has no such file
+        return {}
+    found = re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)
+    return {names[name]: int(value) * 1024 for name, value in found if name in names}
+
+
+def _measured(run_dir: Path, host: HostMemory, tokens_a_step: int) -> dict:
+    ranks = [_lines(path) for path in sorted((run_dir / "ranks").glob("rank*.jsonl"))]
+    peak = host.peak()
+    steps = [line for line in ranks[0] if line["phase"] == "step"] if ranks else []
+    seconds = [round(b["time"] - a["time"], 3) for a, b in itertools.pairwise(steps)]
+    counted = seconds[1:]  # from the end of step 2 on: the first two steps warm up
+    mean = sum(counted) / len(counted) if counted else None
+    peaks = [max((line.get("peak", 0) for line in lines), default=0) for lines in ranks]
+    run = run_dir / "train" / "run.json"
+    return {
+        "gpu_peak_bytes": max(peaks, default=0),
+        "gpu_peak_bytes_per_rank": peaks,
+        "gpu_reserved_bytes": max(
+            (line.get("reserved_peak", 0) for lines in ranks for line in lines), default=0
+        ),
+        "gpu_outside_allocator_bytes": max(
+            (line.get("outside", 0) for lines in ranks for line in lines), default=0
+        ),
+        "phases": {
+            name: [_peak_until(lines, name) for lines in ranks]
+            for name in ("loaded", "wrapped", "trained", "end")
+        },
+        "host_bytes": peak.get("held", 0),
+        "host": peak,
+        "host_file_bytes": max((sample["file"] for sample in host.samples), default=0),
+        "host_pinned_bytes": sum(
+            max((line.get("pinned", 0) for line in lines), default=0) for lines in ranks
+        ),
+        "seconds": {
+            "load": _between(ranks, "load begins", "loaded"),
+            "wrap": _between(ranks, "train begins", "wrapped"),
+            "to_first_step": _between(ranks, "start", "step"),
+            "total": _between(ranks, "start", "end"),
+        },
+        "all_step_seconds": seconds,
+        "step_seconds": round(mean, 4) if mean else None,
+        "tokens_per_second": round(tokens_a_step / mean, 1) if mean else None,
+        "losses": [line["loss"] for line in read_progress(run_dir / "train") if "loss" in line],
+        "run": json.loads(run.read_text()) if run.exists() else None,
+    }
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _peak_until(lines: list[dict], phase: str) -> int | None:
+    """The highest allocation between the phase before (of those that are reported) and this one."""
+    order = {"loaded": "start", "wrapped": "loaded", "trained": "wrapped", "end": "trained"}
+    names = [line["phase"] for line in lines]
+    if phase not in names or order[phase] not in names:
+        return None
+    first, last = names.index(order[phase]), names.index(phase)
+    return max((line.get("peak", 0) for line in lines[first + 1 : last + 1]), default=0)
+
+
+def _between(ranks: list[list[dict]], first: str, last: str) -> float | None:
+    """Seconds from a moment to another, of the slowest rank."""
+    found = []
+    for lines in ranks:
+        times = {}
+        for line in lines:
+            times.setdefault(line["phase"], line["time"])
+        if first in times and last in times:
+            found.append(times[last] - times[first])
+    return round(max(found), 2) if found else None
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict:
+    """What this machine is, without its name."""
+    memory = psutil.virtual_memory().total
+    facts = {"cpus": psutil.cpu_count(), "host_memory_bytes": memory, "gpus": [], "driver": None}
+    if not no_accelerator():
+        try:
+            query = "--query-gpu=name,memory.total,driver_version"
+            text = subprocess.run(
+                ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True
+            ).stdout
+            rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+            facts["gpus"] = [f"{name} {size}" for name, size, _ in rows]
+            facts["driver"] = rows[0][2]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            pass
+    return facts
+
+
+def _predicted(expected: Plan, setup: Setup, cap_gib: float | None) -> dict:
+    outcome = "ok"
+    if cap_gib and expected.gpu_peak_bytes > cap_gib * GIB:
+        outcome = "oom"
+    return {
+        "gpu_peak_bytes": expected.gpu_peak_bytes,
+        "host_bytes": expected.host_bytes * setup.world_size,
+        "outcome": outcome,
+        "training": expected.training,
+        "wrapping": expected.wrapping,
+        "host": expected.host,
+    }
+
+
+def _out_of_memory(problem: LaunchFailed) -> bool:
+    text = f"{problem.error} {problem}"
+    return "OutOfMemoryError" in text or "CUDA out of memory" in text
+
+
+def describe(result: dict) -> str:
+    """Predicted beside measured, for a reader.
+
+    Args:
+        result: from `dry_run`.
+    """
+    predicted, measured = result["predicted"], result["measured"]
+    rows = [f"{'':34}{'predicted':>12}{'measured':>12}"]
+
+    def row(label: str, left: float | None, right: float | None) -> None:
+        cells = [f"{value / GIB:9.2f} GiB" if value else f"{'-':>12}" for value in (left, right)]
+        rows.append(f"{label:34}{cells[0]:>12}{cells[1]:>12}")
+
+    row("GPU peak allocated, a rank", predicted["gpu_peak_bytes"], measured["gpu_peak_bytes"])
+    row("GPU peak reserved, a rank", None, measured["gpu_reserved_bytes"])
+    row("GPU outside the allocator", None, measured["gpu_outside_allocator_bytes"])
+    for name, values in measured["phases"].items():
+        row(f"  peak until {name}", None, max((value or 0 for value in values), default=0))
+    row("host memory held, all ranks", predicted["host_bytes"], measured["host_bytes"])
+    row("  of it pinned, as PyTorch counts", None, measured["host_pinned_bytes"])
+    row("  mapped files beside it", None, measured["host_file_bytes"])
+    rows.append("seconds: " + ", ".join(f"{name} {value}" for name, value in measured["seconds"].items()))
+    rows.append(
+        f"steps {measured['all_step_seconds']}; {measured['step_seconds']} s a step, "
+        f"{measured['tokens_per_second']} tokens/s over all ranks"
+    )
+    rows.append(f"losses {measured['losses']}")
+    rows.append(
+        f"outcome: {result['outcome']} (predicted: {predicted['outcome']}) {result.get('error', '')[:300]}"
+    )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
