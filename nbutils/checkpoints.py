@@ -50,6 +50,14 @@ def on_every_rank(action: Callable[[], object], error: type[Exception]) -> None:
     agree(problem, error)
 
 
+def in_step(value):
+    """Give every rank rank 0's value; every rank must call it."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def rank_file(number: int) -> str:
     """The name of a rank's file of pieces."""
     return f"rank_{number}.safetensors"
@@ -327,11 +335,3 @@ def _finish(unfinished: Path, folder: Path, facts: dict) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def in_step(value):
-    """Give every rank rank 0's value; every rank must call it."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]

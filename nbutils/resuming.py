@@ -91,9 +91,10 @@ class ResumableTrainer(SFTTrainer):
 
     def _write_own_files(self, folder: Path) -> None:
         tensors, notes = optimizer_pieces(self.optimizer)
-        # The loss since the last line of the log: without it the first line after a resume would miss these steps.
+        # What has gathered since the last line of the log: without it the next line would miss these steps.
         tensors["loss_since_log"] = self._tr_loss
         notes["last_logged"] = self._globalstep_last_logged
+        notes["metrics"], notes["tokens"] = self._metrics["train"], self._total_train_tokens
         save_pieces(folder / rank_file(rank()), self.model_wrapped, tensors, notes)
         self._save_rng_state(str(folder))
         if rank() == 0:
@@ -120,6 +121,8 @@ class ResumableTrainer(SFTTrainer):
             tensors, _, notes = read_rank(checkpoint, rank())
             self._tr_loss = tensors["loss_since_log"].to(self._tr_loss.device)
             self._globalstep_last_logged = notes["last_logged"]
+            self._metrics["train"].update(notes["metrics"])
+            self._total_train_tokens = notes["tokens"]
 
 
 def run_facts(trainer: ResumableTrainer) -> dict:

@@ -2,8 +2,8 @@
 
 Run as: python tests/ranks/training.py PLAN.json      (the tests do it)
 
-PLAN.json holds `folder`, `script` and `runs`: a list of {name, fsdp, world, args, kill}. What came of each run goes to
-`<folder>/<name>.json`: the exit status of each rank, and where it was killed. `kill` is one of
+PLAN.json holds `folder`, `script` and `runs`: a list of {name, out, fsdp, world, args, kill}. What came of each run
+goes to `<folder>/<name>.json`: the exit status of each rank and its output. `kill` is one of
     {"rank": 1, "step": 5}             before that rank's 5th training step; "rank": null kills all
     {"rank": 0, "fsync": 7}            at its 7th fsync, all of which lie inside a checkpoint's or adapter's writing
     {"rank": 1, "torn": 2}             in the middle of writing its 2nd file of pieces
@@ -130,6 +130,8 @@ def run_once(run: dict, script: str, folder: Path) -> dict:
     return {
         "status": [process.exitcode for process in ranks],
         "seconds": round(time.monotonic() - started, 2),
+        # Killed while it wrote a checkpoint: the beginning of one is left under another name.
+        "unfinished": bool(list(folder.glob(f"{Path(run['out']).name}/.checkpoint-*.unfinished"))),
         "output": [log.read_text()[-6000:] for log in logs],
     }
 
