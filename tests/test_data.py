@@ -121,7 +121,7 @@ def test_bad_data_is_refused_with_a_sentence(tmp_path, name, content, message):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="no file nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.jsonl"):
         load_conversations("nowhere.jsonl")
 
 
