@@ -90,10 +90,9 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
             source = source.replace('run_dir: str = ""', f"run_dir: str = {str(tmp_path)!r}")
             for marker, old, new in [edit for edit in left if edit[0] in source]:
                 assert old in source, f"the edit {old!r} does not fit the cell any more"
-                copied = {
-                    **namespace,
-                    "model": copy.deepcopy(namespace.get("model")),
-                }  # an edit must leave no trace
+                copied = dict(namespace)
+                if "adapt(model)" in source:  # the cell goes on with the model of an earlier one
+                    copied["model"] = copy.deepcopy(namespace["model"])
                 with pytest.raises(LessonObsolete, match="Lesson obsolete"):
                     exec(source.replace(old, new), copied)
                 left.remove((marker, old, new))
@@ -106,7 +105,7 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
 
 def test_lesson_02_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
     edits = [
-        ("l.weight does not fit", "adapt(standard_prep(load()))", "adapt(prepare_for_fsdp_qlora(load()))"),
+        ("weight does not fit", "adapt(standard_prep(load()))", "adapt(prepare_for_fsdp_qlora(load()))"),
         ("Cannot flatten integer", "storage=torch.uint8", "storage=torch.bfloat16"),
         ("but got torch.float32 and", "storage=torch.float32", "storage=torch.bfloat16"),
         ("packed bytes change", "losses[torch.float16, torch.bfloat16] >", "losses[torch.float16, None] >"),
