@@ -106,9 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 6e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 1e-3])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_dtype.json"))
     settings = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
 
     keep_four_bit_weights_in_order()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -122,9 +125,6 @@ def main() -> None:
             for adapter in (torch.bfloat16, torch.float32):
                 runs.append(run(base, train, heldout, adapter, rate, seed, settings.steps))
                 print({key: value for key, value in runs[-1].items() if key != "training_loss"}, flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     record = {
         "what": "bf16 and fp32 LoRA adapter over the tiny base in NF4, FSDP 1 on one process",
         "command": "python benchmarks/adapter_dtype.py",

@@ -44,6 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; fail if an output says something else"
     )
 
+    merge = commands.add_parser("merge", help="merge an adapter into its bf16 base, one tensor at a time")
+    merge.add_argument("base", help="folder or hub id of the unquantised base")
+    merge.add_argument("adapter", type=Path, help="folder of the adapter")
+    merge.add_argument("out", type=Path, help="new folder; after a stop, the same one again")
+
+    export = commands.add_parser("export", help="make the adapter out of a checkpoint alone")
+    export.add_argument("checkpoint", type=Path, help="a folder checkpoint-<step>")
+    export.add_argument("out", type=Path, help="new folder for the adapter")
+
     commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
 
     options, others = parser.parse_known_args(arguments)
@@ -58,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         from nbutils.doctor import main as doctor
 
         return doctor(others)
+
+    if options.command in ("merge", "export"):
+        return _merge_or_export(options)
     if options.command == "script":
         from nbutils.recipe import write_script
 
@@ -102,6 +114,23 @@ def _refresh(options: argparse.Namespace) -> int:
         return 1
     print("\n".join(changed) or "Every notebook says what it said before.")
     return 1 if options.check and changed else 0
+
+
+def _merge_or_export(options: argparse.Namespace) -> int:
+    from nbutils.checkpoints import CheckpointError, export_adapter
+    from nbutils.merging import MergeError, merge
+    from nbutils.saving import SaveError
+
+    try:
+        if options.command == "merge":
+            done = merge(options.base, options.adapter, options.out)
+        else:
+            done = export_adapter(options.checkpoint, options.out)
+    except (CheckpointError, MergeError, SaveError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: " + ", ".join(f"{name} {value}" for name, value in done.items()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def train_and_heldout(
             if heldout != source or "split" not in str(problem):
                 raise
     if len(train) < 2:
-        raise ValueError(f"{source} has one row only, so nothing can be held out. Name a held-out set of its own.")
+        raise ValueError(
+            f"{source} has one row only, so nothing can be held out. Name a held-out set of its own."
+        )
     parts = train.train_test_split(test_size=max(1, int(len(train) * share)), seed=seed)
     return parts["train"], parts["test"]
 
@@ -89,9 +91,13 @@ def _read(source: str, split: str) -> Dataset:
         raise ValueError(f"{source} is a folder. Name one .json, .jsonl or .parquet file in it.")
     if path.suffix in READERS or path.exists():
         if not path.exists():
-            raise FileNotFoundError(f"There is no file {source}. Give a path from {Path.cwd().name}/ or an absolute one.")
+            raise FileNotFoundError(
+                f"There is no file {source}. Give a path from {Path.cwd().name}/ or an absolute one."
+            )
         if path.suffix not in READERS:
-            raise ValueError(f"{source} ends in {path.suffix or 'nothing'}; wanted .json, .jsonl or .parquet.")
+            raise ValueError(
+                f"{source} ends in {path.suffix or 'nothing'}; wanted .json, .jsonl or .parquet."
+            )
         return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     return load_dataset(source, split=split)
 
@@ -118,7 +124,9 @@ def _from_messages(row: dict) -> list[dict]:
         turns.append(_turn(turn["role"], _text(turn.get("content"), f"content of the {turn['role']} turn")))
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or answers[0] == 0:
-        raise ValueError("the conversation has no assistant turn after a user turn, so there is nothing to train on.")
+        raise ValueError(
+            "the conversation has no assistant turn after a user turn, so there is nothing to train on."
+        )
     return [{"prompt": turns[:i], "completion": [turns[i]]} for i in answers]
 
 
@@ -133,7 +141,12 @@ def _from_alpaca(row: dict) -> list[dict]:
     question = _text(row["instruction"], "instruction")
     if row.get("input"):
         question += "\n\n" + _text(row["input"], "input")
-    return [{"prompt": [_turn("user", question)], "completion": [_turn("assistant", _text(row["output"], "output"))]}]
+    return [
+        {
+            "prompt": [_turn("user", question)],
+            "completion": [_turn("assistant", _text(row["output"], "output"))],
+        }
+    ]
 
 
 def _from_text(row: dict) -> list[dict]:

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 
+# taught in notebook 03
 def prepare_for_fsdp_qlora(
     model: PreTrainedModel, activation_checkpointing: bool = True, use_reentrant: bool = False
 ) -> PreTrainedModel:
@@ -34,13 +35,14 @@ def prepare_for_fsdp_qlora(
     return model
 
 
+# taught in notebook 03
 def keep_rotary_frequencies_exact(model: torch.nn.Module) -> int:
     """Hide the rotary frequencies from FSDP 1, which would round them to bf16.
 
     The Trainer gives FSDP 1 a mixed-precision policy with the storage dtype of the 4-bit weights, and FSDP 1 applies
     it to every registered buffer. In bf16 a frequency is off by up to 0.4 %, so the angle of a token grows wrong with
-    its position. As a plain attribute the tensor is out of FSDP's reach; the model moves it to the
-    right device at each use.
+    its position. As a plain attribute the tensor is out of FSDP's reach; the model moves it to the right device at
+    each use.
 
     Args:
         model: any model; changed in place.
@@ -54,7 +56,8 @@ def keep_rotary_frequencies_exact(model: torch.nn.Module) -> int:
             if name in module._buffers:
                 frequencies = module._buffers.pop(name)
                 module._non_persistent_buffers_set.discard(name)
-                setattr(module, name, frequencies)
+                # detach() also drops the mark of torch.nn.Buffer, by which setattr would register it again
+                setattr(module, name, frequencies.detach())
                 hidden += 1
     return hidden
 

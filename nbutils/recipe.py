@@ -1,8 +1,7 @@
 """The training script stands once, as the `%%writefile` cell of notebook 04; here it is taken out."""
 
+import json
 from pathlib import Path
-
-import nbformat
 
 from nbutils.course import ROOT
 
@@ -22,8 +21,9 @@ def script_text(notebook: Path = NOTEBOOK) -> str:
     Raises:
         ValueError: the notebook has no `%%writefile` cell, or several.
     """
-    cells = nbformat.read(notebook, as_version=4).cells
-    found = [cell.source for cell in cells if cell.source.startswith("%%writefile")]
+    cells = json.loads(notebook.read_text())["cells"]  # a notebook is JSON; a cell's source is a list of lines
+    sources = ["".join(cell["source"]) for cell in cells]
+    found = [source for source in sources if source.startswith("%%writefile")]
     if len(found) != 1:
         raise ValueError(
             f"{notebook.name} has {len(found)} cells that begin with %%writefile; it must have exactly one, "

@@ -19,6 +19,7 @@ file and then trains with plain DDP, without a word. Three things stand in the w
 import os
 import runpy
 import sys
+from pathlib import Path
 
 
 def enable() -> None:
@@ -91,10 +92,12 @@ def _keep_gathered_weights_while_they_are_saved() -> None:
 def main() -> None:
     """Enable the rehearsal, then run the script named on the command line as `__main__`."""
     if len(sys.argv) < 2:
-        raise SystemExit("nbutils.rehearsal: name the script to run: -m nbutils.rehearsal SCRIPT.py [arguments]")
+        raise SystemExit(
+            "nbutils.rehearsal: name the script to run: -m nbutils.rehearsal SCRIPT.py [arguments]"
+        )
     enable()
     sys.argv = sys.argv[1:]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

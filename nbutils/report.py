@@ -92,7 +92,9 @@ def refuse_surprises(facts: dict, trainer: Trainer) -> None:
     asked, wrong = trainer.args, []
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if facts["world_size"] != launched:
-        wrong.append(f"{launched} processes were launched, but this one sees a world of {facts['world_size']}.")
+        wrong.append(
+            f"{launched} processes were launched, but this one sees a world of {facts['world_size']}."
+        )
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" or launched > 1
     if wants_fsdp and facts["distributed_type"] != "FSDP":
         wrong.append(
@@ -112,10 +114,13 @@ def refuse_surprises(facts: dict, trainer: Trainer) -> None:
             "Leave bf16 and fp16 off in the training arguments."
         )
     if facts["frozen_dtypes"] != ["bfloat16"]:
-        wrong.append(f"Frozen parameters are {facts['frozen_dtypes']}, wanted bfloat16 alone: was something cast?")
+        wrong.append(
+            f"Frozen parameters are {facts['frozen_dtypes']}, wanted bfloat16 alone: was something cast?"
+        )
     if facts["activation_checkpointing"] != bool(asked.activation_checkpointing):
         wrong.append(
-            f"Activation checkpointing is {facts['activation_checkpointing']}, asked for {asked.activation_checkpointing}."
+            f"Activation checkpointing is {facts['activation_checkpointing']}, "
+            f"asked for {asked.activation_checkpointing}."
         )
     wanted = (asked.activation_checkpointing_kwargs or {}).get("use_reentrant")
     if facts["activation_checkpointing"] and wanted is not None and facts["use_reentrant"] != wanted:

@@ -125,10 +125,9 @@ def run_series(
     if run_dir.resolve().parent == (root / RUNS).resolve():
         point_latest_to(run_dir)
     record_provenance(run_dir, values)
-    print(
-        f"{len(entries)} notebooks into {run_dir}/  (parameters: {params or 'the defaults of the notebooks'})",
-        flush=True,
-    )
+    numbers = ", ".join(entry.name[:2] for entry in entries)
+    source = params or "the defaults of the notebooks"
+    print(f"Notebooks {numbers} into {run_dir}/ (parameters: {source})", flush=True)
     try:
         for number, entry in enumerate(entries, 1):
             execute(entry, values, run_dir, f"{number}/{len(entries)}", cell_timeout)
@@ -154,7 +153,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
     if "run_dir" in entry.contract:
         given["run_dir"] = str(run_dir)
     output = run_dir / f"{entry.name}.ipynb"
-    report = _CellLines(f"[{place}] {entry.name}", entry.source, run_dir)
+    report = _CellLines(f"[{place}] {entry.name}", entry.source, run_dir, injected=bool(given))
     started = time.monotonic()
     entry.status = "failed"
     try:
@@ -167,6 +166,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
             autosave_cell_every=0,  # saved after each cell; no second timer beside it
             execution_timeout=cell_timeout,
             coalesce_streams=True,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings concern servers, not readers
             on_cell_start=report.begin,
             on_cell_executed=report.end,
         )
@@ -197,9 +197,9 @@ class _CellLines:
 
     SLOW = 5.0  # seconds
 
-    def __init__(self, label: str, notebook: Path, run_dir: Path):
+    def __init__(self, label: str, notebook: Path, run_dir: Path, injected: bool = False):
         cells = nbformat.read(notebook, as_version=4).cells
-        self.label, self.total, self.train_dir = label, len(cells), run_dir / "train"
+        self.label, self.total, self.train_dir = label, len(cells) + injected, run_dir / "train"
         self.source, self.place, self.started, self.seen = "", 0, 0.0, 0
         self.closed = threading.Event()
         if sys.stdout.isatty():
@@ -340,9 +340,7 @@ def readable(summary: dict, run_dir: Path) -> str:
             f"adapter        {adapter['path']}: {adapter['tensors']} tensors, "
             f"{'verified' if adapter['verified'] else 'NOT verified'}"
         )
-    return "\n".join(
-        [*lines, "", f"Everything is in {run_dir}/ (also runs/latest): open the executed notebooks there."]
-    )
+    return "\n".join([*lines, "", f"Everything is in {run_dir}/: open the executed notebooks there."])
 
 
 def _number(value: float | None) -> str:

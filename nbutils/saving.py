@@ -70,7 +70,7 @@ def save_adapter(
         try:
             _reject_foreign_folder(folder)
             reject_bad_tensors(gathered.tensors, allow_untrained)
-            _write(unfinished, gathered.tensors, _config_for_file(model, adapter_name), tokenizer)
+            _write(unfinished, gathered.tensors, config_for_file(model, adapter_name), tokenizer)
         except Exception as error:  # told to every rank: they would wait for ever
             problem = f"The adapter was not saved. {type(error).__name__}: {error}"
     agree(problem, SaveError)
@@ -169,7 +169,8 @@ def reject_bad_tensors(
         )
 
 
-def _config_for_file(model: torch.nn.Module, adapter_name: str) -> LoraConfig:
+def config_for_file(model: torch.nn.Module, adapter_name: str = "default") -> LoraConfig:
+    """The configuration as an adapter's folder holds it: for inference, with the name of its base."""
     wrapped = peft_model(model)
     config = copy.deepcopy(wrapped.peft_config[adapter_name])
     config.inference_mode = True

@@ -6,7 +6,7 @@ a saved file can be checked against the source and not against a second copy of 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -40,11 +40,18 @@ class Gathered:
 
 @dataclass
 class Piece:
-    """What this rank holds of one tensor: `held`, and a function that cuts the same part out of the whole tensor."""
+    """What this rank holds of one tensor: `held`, which is a run of the whole, flattened, from element `start` on.
+
+    `held` keeps the shape it has in memory: flat under FSDP 1, some rows under FSDP 2, the whole without FSDP.
+    """
 
     held: torch.Tensor
     shape: tuple[int, ...]
-    cut: Callable[[torch.Tensor], torch.Tensor]
+    start: int = 0
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the same part of a whole tensor of shape `shape`, in the shape of `held`."""
+        return whole.flatten()[self.start : self.start + self.held.numel()].view(self.held.shape)
 
 
 def rank() -> int:
@@ -165,7 +172,7 @@ def own_pieces(model: torch.nn.Module, adapter_name: str = "default") -> dict[st
         if isinstance(parameter, DTensor):
             pieces[key] = _dtensor_piece(parameter.detach())
         else:
-            pieces[key] = Piece(parameter.detach(), tuple(parameter.shape), lambda whole: whole)
+            pieces[key] = Piece(parameter.detach(), tuple(parameter.shape))
     return pieces
 
 
@@ -271,18 +278,22 @@ def _parameters_outside_fsdp1(
 
 def _flat_piece(shard: torch.Tensor, shape: torch.Size, info) -> Piece:
     if not info.in_shard:
-        return Piece(shard[:0], tuple(shape), lambda whole: whole.flatten()[:0])
-    first, last = info.intra_param_start_idx, info.intra_param_end_idx + 1
+        return Piece(shard[:0], tuple(shape))
     held = shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
-    return Piece(held, tuple(shape), lambda whole: whole.flatten()[first:last])
+    return Piece(held, tuple(shape), info.intra_param_start_idx)
 
 
 def _dtensor_piece(parameter: DTensor) -> Piece:
     sizes, offsets = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    part = tuple(slice(start, start + size) for start, size in zip(offsets, sizes))
-    return Piece(parameter.to_local(), tuple(parameter.shape), lambda whole: whole[part])
+    if any(offsets[1:]) or tuple(sizes[1:]) != tuple(parameter.shape[1:]):
+        raise SaveError(
+            f"Found a tensor sharded as {parameter.placements}; whole rows a rank, Shard(0), were wanted. "
+            "Let Accelerate shard the model, as configs/accelerate/config_fsdp2.yaml does."
+        )
+    row = torch.Size(parameter.shape[1:]).numel()
+    return Piece(parameter.to_local(), tuple(parameter.shape), offsets[0] * row if sizes[0] else 0)
 
 
 def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

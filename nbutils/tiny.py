@@ -39,9 +39,9 @@ SPECIAL_TOKENS = (
 # Words, numbers of up to three digits, punctuation and blanks are never merged into one token.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-STEPS = 300
+STEPS = 200
 ROWS, LENGTH = 16, 128  # a batch is (16, 128) tokens
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1.5e-3
 SEED = 0
 THREADS = 2  # a sum in another order rounds otherwise, so the number of threads is part of the recipe
 

@@ -187,7 +187,7 @@ def test_the_help_of_a_parameter_is_its_comment():
 
 
 @pytest.mark.notebook
-def test_a_run_leaves_what_is_needed_to_repeat_it(series, tmp_path, capsys):
+def test_a_run_leaves_what_is_needed_to_repeat_it(series, tmp_path, capfd):
     assert series("--params", params(tmp_path, "model: README.md"), "-p", "max_steps", "7") == 0
 
     run = series.run_dir
@@ -205,8 +205,9 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(series, tmp_path, capsys):
         ("01_second", "ok", 3, 3),
     ]
     assert set(summary) == {"notebooks", "training", "adapter", "versions", "commit"}
-    printed = capsys.readouterr().out
-    assert "01_second" in printed and "\r" not in printed
+    printed = capfd.readouterr()
+    assert "01_second" in printed.out and "\r" not in printed.out
+    assert printed.err == ""  # no noise from the kernels either
 
 
 @pytest.mark.notebook

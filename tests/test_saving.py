@@ -10,12 +10,14 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
+from recording import record
 
 from nbutils.shards import file_key
 
 ROOT = Path(__file__).parent.parent
 RANKS = ROOT / "tests" / "ranks"
 PROCESSES = int(os.environ.get("SAVE_TEST_PROCESSES", "2"))
+COMMAND = "python -m pytest -m matrix -s tests/test_saving.py"
 WAYS = ("fsdp1", "fsdp1_orig", "fsdp2")
 
 
@@ -24,28 +26,36 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
 
 
-@pytest.fixture(scope="session")
-def seen(tmp_path_factory):
-    """What each rank saw in all cases of tests/ranks/save_cases.py: one group of processes for the whole file."""
-    folder = tmp_path_factory.mktemp("save_cases")
-    logs = [(folder / f"log{number}").open("w") for number in range(PROCESSES)]
+def run_cases(folder: Path, processes: int, packages: Path | None = None) -> list[dict]:
+    """Run tests/ranks/save_cases.py in one group of processes; what each rank saw.
+
+    `packages` is a folder of packages to be used before the installed ones.
+    """
+    path = os.pathsep.join(filter(None, [packages and str(packages), environment()["PYTHONPATH"]]))
+    logs = [(folder / f"log{number}").open("w") for number in range(processes)]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(RANKS / "save_cases.py"), str(folder)],
-            env=environment(RANK=str(number), WORLD_SIZE=str(PROCESSES)),
+            env=environment(RANK=str(number), WORLD_SIZE=str(processes), PYTHONPATH=path),
             stdout=logs[number],
             stderr=subprocess.STDOUT,
         )
-        for number in range(PROCESSES)
+        for number in range(processes)
     ]
     try:
-        codes = [process.wait(timeout=400) for process in ranks]
+        codes = [process.wait(timeout=600) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    tail = "\n".join((folder / f"log{n}").read_text()[-3000:] for n in range(PROCESSES))
-    assert codes == [0] * PROCESSES, tail
-    return [json.loads((folder / f"rank{number}.json").read_text()) for number in range(PROCESSES)]
+    tail = "\n".join((folder / f"log{n}").read_text()[-3000:] for n in range(processes))
+    assert codes == [0] * processes, tail
+    return [json.loads((folder / f"rank{number}.json").read_text()) for number in range(processes)]
+
+
+@pytest.fixture(scope="session")
+def seen(tmp_path_factory):
+    """What each rank saw in all cases: one group of processes for the whole file."""
+    return run_cases(tmp_path_factory.mktemp("save_cases"), PROCESSES)
 
 
 def cases(seen, beginning=""):
@@ -185,3 +195,43 @@ def test_compare_logits_refuses_another_model_and_the_base():
         compare_logits(trained, trained + 0.5, base, torch.float32)
     with pytest.raises(AdapterMismatch, match="no difference"):
         compare_logits(trained, trained, trained, torch.float32)
+
+
+def peft_packages(wanted: str) -> Path | None:
+    """A folder with this version of peft, fetched once into runs/cache; None if it is the installed one."""
+    if wanted == peft.__version__:
+        return None
+    folder = ROOT / "runs" / "cache" / f"peft-{wanted}"
+    if not (folder / "peft").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*command, f"peft=={wanted}"], check=True)
+    return folder
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(3600)
+def test_the_matrix_of_saving(tmp_path):
+    """Every case under two versions of peft and on 1, 2 and 4 processes, in one table. `COMMAND` prints it."""
+    columns, table = [], {}
+    for version in ("0.20.0", "0.21.2"):
+        for processes in (1, 2, 4):
+            folder = tmp_path / f"{version}_{processes}"
+            folder.mkdir()
+            found = run_cases(folder, processes, peft_packages(version))
+            assert {rank["peft"] for rank in found} == {version}
+            columns.append(f"peft {version}, {processes}")  # and so many processes
+            for label, case in cases(found):
+                good = (
+                    not case["differing"]
+                    and case["names"]
+                    and not case["not loaded"]
+                    and not case["warnings"]
+                )
+                same = all(rank[label].get("report") == case.get("report") for rank in found)
+                table.setdefault(label, {})[columns[-1]] = "bit-identical" if good and same else "DIFFERENT"
+    width = max(map(len, table))
+    print("\n" + " " * width, *(f"{column:>15}" for column in columns))
+    for label, row in table.items():
+        print(f"{label:{width}}", *(f"{row.get(column, '-'):>15}" for column in columns))
+    record("What is saved, bit for bit", f"RECORD=FILE {COMMAND}", columns=columns, table=table)
+    assert {cell for row in table.values() for cell in row.values()} == {"bit-identical"}

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import nbformat
@@ -120,7 +121,7 @@ def test_the_hook_strips_private_metadata_and_keeps_outputs_and_ids(tmp_path):
     notebook = new_notebook(cells=[cell], metadata={"papermill": {"output_path": "/home/me"}})
     path = tmp_path / "a.ipynb"
     nbformat.write(notebook, path)
-    subprocess.run(["nbstripout", *words[1:], str(path)], check=True)
+    subprocess.run([sys.executable, "-m", "nbstripout", *words[1:], str(path)], check=True)
     clean = nbformat.read(path, as_version=4)
     assert clean.cells[0].outputs == cell.outputs
     assert (clean.cells[0].id, clean.cells[0].execution_count) == (cell.id, 1)
