@@ -186,6 +186,7 @@ def dry_run(
             "accelerate_config": str(config),
             "changes": list(changes),
             "settings": list(extra),
+            "spare_host_memory": True,  # see nbutils.offload
         },
         "outcome": "ok",
         "predicted": predicted,
@@ -497,8 +498,8 @@ def _predicted(expected: Plan, setup: Setup, cap_gib: float | None) -> dict:
         "gpu_peak_bytes": expected.gpu_peak_bytes,
         "host_bytes": expected.host_bytes * setup.world_size,
         "outcome": outcome,
-        "training": expected.training,
-        "wrapping": expected.wrapping,
+        "peak_moment": expected.peak_moment,
+        "moments": expected.moments,
         "host": expected.host,
     }
 

@@ -33,5 +33,7 @@ def spare_host_memory() -> None:
             # One number, repeated over the whole shape, is answer enough; the pinned block serves the next unit.
             flat._cpu_grad = torch.zeros(1, dtype=flat.dtype).expand(flat.shape)
 
-    init_flat_param_attributes.spares_host_memory = True  # torch wraps the original too: __wrapped__ would not tell
+    init_flat_param_attributes.spares_host_memory = (
+        True  # torch wraps the original too: __wrapped__ would not tell
+    )
     FlatParamHandle.init_flat_param_attributes = init_flat_param_attributes

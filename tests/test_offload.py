@@ -12,8 +12,12 @@ from nbutils.offload import spare_host_memory
 @pytest.fixture
 def one_process(monkeypatch):
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # there is nothing to pin for without a GPU
-    monkeypatch.setattr(FlatParamHandle, "init_flat_param_attributes", FlatParamHandle.init_flat_param_attributes)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", torch.Tensor.clone
+    )  # there is nothing to pin for without a GPU
+    monkeypatch.setattr(
+        FlatParamHandle, "init_flat_param_attributes", FlatParamHandle.init_flat_param_attributes
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -45,7 +49,10 @@ def test_a_frozen_shard_is_kept_once(one_process):
     frozen = nn.Linear(64, 64, bias=False).requires_grad_(False)
     handle = handle_of(frozen)
     assert kept(handle) == shard + 4
-    assert handle.flat_param._cpu_grad is not None and handle.flat_param._cpu_grad.shape == handle.flat_param.shape
+    assert (
+        handle.flat_param._cpu_grad is not None
+        and handle.flat_param._cpu_grad.shape == handle.flat_param.shape
+    )
 
 
 def test_a_trainable_shard_keeps_its_gradient(one_process):
