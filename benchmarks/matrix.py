@@ -39,6 +39,14 @@ CASES = {
         "70b_fsdp1_offload_cap_b1_l2048": (80, FSDP1, [], 22.5, 1, 2048, 16, 150),
         "70b_fsdp1_cap_b1_l1024": (80, FSDP1, ON_GPU, 22.5, 1, 1024, 16, 110),
     },
+    # What no fit has seen: the plan is tested on these.
+    "held_out": {
+        "70b_fsdp1_offload_cap_b1_l2048": (80, FSDP1, [], 22.5, 1, 2048, 16, 150),
+        "70b_fsdp2_b4_l2048": (80, FSDP2, [], None, 4, 2048, 16, 130),
+        "70b_fsdp1_cap_b1_l1024": (80, FSDP1, ON_GPU, 22.5, 1, 1024, 16, 90),
+        "held_out_8_layers_fsdp2_b2_l2048_r64": (8, FSDP2, [], None, 2, 2048, 64, 45),
+        "held_out_8_layers_fsdp1_b4_l2048": (8, FSDP1, ON_GPU, None, 4, 2048, 16, 45),
+    },
     "more": {
         "70b_fsdp2_b1_l1024": (80, FSDP2, [], None, 1, 1024, 16, 120),
         "70b_fsdp2_b2_l2048_r64": (80, FSDP2, [], None, 2, 2048, 64, 120),
@@ -105,7 +113,8 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for peak in (run_dir / "ranks").glob("peak_rank0.json"):
-            shutil.copy(peak, options.out / f"{name}.peak.json")
+            (options.out / "peaks").mkdir(exist_ok=True)
+            shutil.copy(peak, options.out / "peaks" / f"{name}.json")
         shutil.copy(run_dir / "train.log", options.out / f"{name}.log")
         if options.tar:
             with tarfile.open(options.tar, "w:gz") as archive:

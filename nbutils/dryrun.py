@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -150,7 +151,6 @@ def dry_run(
         config = _changed(config, changes, run_dir)
     setup = Setup.read(config, world_size)
     weights = prepare(shape, folder)
-    _forget_cuda()
     script = write_script(run_dir)
     settings = _settings(run_dir, weights, batch, length, steps, lora_r, setup.world_size, extra)
     expected = plan(shape, setup, batch, length, lora_r)
@@ -186,6 +186,7 @@ def dry_run(
             "accelerate_config": str(config),
             "changes": list(changes),
             "settings": list(extra),
+            "spare_host_memory": True,  # see nbutils.offload
         },
         "outcome": "ok",
         "predicted": predicted,
@@ -227,6 +228,19 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
     Returns:
         The folder of the checkpoint: config, tokenizer (of 1,024 tokens, all within the vocabulary) and shards.
     """
+    target = Path(folder or RUNS / "cache") / f"random-{shape.name}-{shape.layers}"
+    if not (target / "complete.json").exists():
+        shutil.rmtree(target, ignore_errors=True)
+        # In a process of its own: its CUDA context must not stay on the GPU that is measured.
+        maker = multiprocessing.get_context("spawn").Process(target=_make_weights, args=(shape, target))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise RuntimeError(f"Making random weights in {target} failed; its message stands above.")
+    return target
+
+
+def _make_weights(shape: Shape, target: Path) -> None:
     import torch
     from transformers import LlamaConfig
 
@@ -234,10 +248,6 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
     from nbutils.quantise import write_nf4
     from nbutils.tiny import read_prose, train_tokenizer
 
-    target = Path(folder or RUNS / "cache") / f"random-{shape.name}-{shape.layers}"
-    if (target / "complete.json").exists():
-        return target
-    shutil.rmtree(target, ignore_errors=True)
     started = time.monotonic()
     config = LlamaConfig(
         vocab_size=shape.vocab,
@@ -281,15 +291,6 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
     facts = {"bytes": size, "seconds": round(time.monotonic() - started, 1)}
     (target / "complete.json").write_text(json.dumps(facts) + "\n")
     print(f"{target}: {size / 1e9:.1f} GB of random NF4 weights in {facts['seconds']:.0f} s", flush=True)
-    return target
-
-
-def _forget_cuda() -> None:
-    """Give back what making the weights took of GPU memory in this process."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _settings(
@@ -497,8 +498,8 @@ def _predicted(expected: Plan, setup: Setup, cap_gib: float | None) -> dict:
         "gpu_peak_bytes": expected.gpu_peak_bytes,
         "host_bytes": expected.host_bytes * setup.world_size,
         "outcome": outcome,
-        "training": expected.training,
-        "wrapping": expected.wrapping,
+        "peak_moment": expected.peak_moment,
+        "moments": expected.moments,
         "host": expected.host,
     }
 

@@ -1,7 +1,7 @@
 """The memory plan: bytes a rank, item by item, on the GPU and in host memory, before anything is bought or started."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -9,6 +9,15 @@ import yaml
 GIB = 2**30
 BF16 = 2  # bytes
 FP32 = 4
+WORKSPACES = (
+    2 * 32 * 2**20
+)  # cuBLAS keeps 32 MiB a thread that multiplies (forward and backward) on an H200, 8 on a 4090
+LIBRARIES = int(
+    1.75 * GIB
+)  # Python, torch, transformers and the rest in host memory, a rank; recorded: 1.70 to 1.71
+OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on two H200s: 2.18 to 2.26
+# What a card of a nominal size shows to programs, in GiB, as nvidia-smi tells its total.
+CARDS = {16: 15.6, 24: 23.6, 40: 39.4, 48: 47.4, 80: 79.1, 141: 139.8}
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def shape_of(model: str | Path) -> Shape:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an accelerate config decides about memory."""
+    """What an accelerate config decides about memory; `fsdp_version` 0 is one process without FSDP."""
 
     world_size: int = 2
     fsdp_version: int = 1
@@ -121,11 +130,11 @@ class Setup:
             world_size: if it differs from the file's `num_processes`.
         """
         config = yaml.safe_load(Path(path).read_text())
-        fsdp = config.get("fsdp_config", {})
-        version = int(fsdp.get("fsdp_version", 1))
+        fsdp = config.get("fsdp_config") or {}
+        version = int(fsdp.get("fsdp_version", 1)) if fsdp else 0
         strategy = str(fsdp.get("fsdp_sharding_strategy", "FULL_SHARD"))
         return cls(
-            world_size=world_size or config["num_processes"],
+            world_size=world_size or config.get("num_processes", 1),
             fsdp_version=version,
             offload=bool(fsdp.get("fsdp_offload_params", False)),
             reshard=bool(fsdp.get("fsdp_reshard_after_forward", True))
@@ -136,16 +145,20 @@ class Setup:
 
 @dataclass
 class Plan:
-    """Bytes a rank: on the GPU item by item at the two moments that can be its peak, and in host memory."""
+    """Bytes a rank: on the GPU item by item at each moment that can be its peak, and in host memory."""
 
-    training: dict[str, int] = field(default_factory=dict)
-    wrapping: dict[str, int] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    @property
+    def peak_moment(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def gpu(self) -> dict[str, int]:
-        """The items of the higher of the two moments."""
-        return max(self.training, self.wrapping, key=lambda items: sum(items.values()))
+        """The items of that moment."""
+        return self.moments[self.peak_moment]
 
     @property
     def gpu_peak_bytes(self) -> int:
@@ -166,16 +179,19 @@ def quantisation_state_bytes(parameters: int) -> int:
     """Scales of NF4 with double quantisation.
 
     One byte for each block of 64 weights, and one fp32 for each 256 of these bytes: 0.127 bits a weight
-    (QLoRA, arXiv 2305.14314, section 3, "Double Quantization").
+    (QLoRA, arXiv 2305.14314, section 3, "Double Quantization"). FSDP does not shard it: every rank has all of it.
     """
     return parameters // 64 + FP32 * parameters // (64 * 256)
 
 
-def plan(shape: Shape, setup: Setup, batch: int, length: int, lora_r: int = 16) -> Plan:
+def plan(
+    shape: Shape, setup: Setup, batch: int, length: int, lora_r: int = 16, spare_host: bool = True
+) -> Plan:
     """Predict the memory of a training run with the recipe's script.
 
-    The items follow what FSDP, bitsandbytes and the Llama of transformers allocate, see the comments; the sizes of
-    saved activations are counted from the operations of `LlamaDecoderLayer`.
+    What is alive at which moment was read from traces of the allocator in the four recorded runs of 8 layers
+    (`benchmarks/results/fit_*.json`); sizes come from the model's shape. Every other recorded run is a test of the
+    plan and was not used to make it.
 
     Args:
         shape: of the model.
@@ -183,60 +199,187 @@ def plan(shape: Shape, setup: Setup, batch: int, length: int, lora_r: int = 16) 
         batch: rows a rank and step.
         length: tokens a row.
         lora_r: rank of the adapter, on all linear layers.
+        spare_host: `nbutils.offload.spare_host_memory` was called; matters for FSDP 1 with offload only.
 
     Returns:
         The plan.
     """
-    world = setup.world_size if setup.reshard or setup.fsdp_version == 1 else 1
-    tokens = batch * length
-    layer = nf4_bytes(shape.linear_parameters) + BF16 * 2 * shape.hidden
-    embeddings = BF16 * ((1 if shape.tied else 2) * shape.vocab + 1) * shape.hidden
-    scales = shape.layers * quantisation_state_bytes(shape.linear_parameters)
-    adapter = BF16 * shape.adapter_parameters(lora_r) // setup.world_size  # a rank's share
-    largest = max(out * into for out, into in shape.linears.values())
+    sizes = _Sizes.of(shape, setup, batch * length, lora_r)
+    if setup.fsdp_version == 0:
+        moments = _one_process(sizes)
+    elif setup.fsdp_version == 1:
+        moments = _fsdp1(sizes, setup)
+    else:
+        moments = _fsdp2(sizes, setup)
+    return Plan(moments, _host(sizes, setup, spare_host))
 
-    training = {
-        "quantisation state": scales,
-        "embeddings and head": embeddings,  # the root unit, gathered from the first forward to the last backward
-        # Two units are gathered at a time: the one in use and the one that is fetched ahead.
-        "gathered layers": 2 * layer,
-        "checkpointed layer inputs": shape.layers * tokens * shape.hidden * BF16,
-        "one layer computed again": tokens * saved_bytes_per_token(shape),
-        "one weight in bf16": BF16 * largest,  # bitsandbytes multiplies by the unpacked weight
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of everything the moments are made of; `layer` and so on are whole, `shard` divides by the ranks."""
+
+    layers: int
+    layer: int  # packed weights of one decoder layer and its two norms
+    adapter_layer: int
+    scales: int
+    embedding: int  # one of embedding and output head
+    root: int  # what FSDP 1 leaves to the root unit: embedding, output head, last norm
+    ranks: int
+    checkpoints: int
+    final_norm: int  # its input in fp32 and its output, kept for the backward pass of the loss
+    computed_again: int
+    largest_weight: int
+    passing: int  # gradients on their way through the down projection
+    tied: bool
+
+    @classmethod
+    def of(cls, shape: Shape, setup: Setup, tokens: int, lora_r: int) -> "_Sizes":
+        embedding = BF16 * shape.vocab * shape.hidden
+        return cls(
+            layers=shape.layers,
+            layer=nf4_bytes(shape.linear_parameters) + BF16 * 2 * shape.hidden,
+            adapter_layer=BF16 * shape.adapter_parameters(lora_r) // shape.layers,
+            scales=shape.layers * quantisation_state_bytes(shape.linear_parameters),
+            embedding=embedding,
+            root=(1 if shape.tied else 2) * embedding + BF16 * shape.hidden,
+            ranks=setup.world_size,
+            checkpoints=shape.layers * tokens * shape.hidden * BF16,
+            final_norm=tokens * shape.hidden * (FP32 + BF16),
+            computed_again=tokens * saved_bytes_per_token(shape),
+            largest_weight=BF16 * max(out * into for out, into in shape.linears.values()),
+            passing=tokens * (shape.hidden + shape.intermediate) * BF16,
+            tied=shape.tied,
+        )
+
+    @property
+    def adapter(self) -> int:
+        return self.layers * self.adapter_layer
+
+    def resident(self, offload: bool) -> dict[str, int]:
+        """What stays on a GPU all through training."""
+        items = {"quantisation state": self.scales, "cuBLAS workspaces": WORKSPACES}
+        if offload:
+            return items
+        share = self.adapter // self.ranks
+        return items | {
+            "4-bit shards": self.layers * self.layer // self.ranks,
+            "shard of embedding and head": self.root // self.ranks,
+            "adapter": share,
+            "gradients": share,
+            "optimizer states": 2 * share,  # AdamW: two moments, in the adapter's dtype
+        }
+
+    def one_layer_backward(self) -> dict[str, int]:
+        """The backward pass of a checkpointed layer, at its down projection: everything computed again is alive."""
+        return {
+            "checkpointed layer inputs": self.checkpoints,
+            "one layer computed again": self.computed_again,
+            "its gradients": self.passing,
+            "one weight in bf16": self.largest_weight,  # bitsandbytes multiplies by the unpacked weight
+        }
+
+
+def _fsdp1(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
+    resident = sizes.resident(setup.offload)
+    root = {
+        "embedding and head": sizes.root
+    }  # gathered from the first forward to the last backward of a step
+    share = sizes.root // sizes.ranks
+    # FSDP 1 copies a unit's tensors into one flat tensor and cuts its shard: for a moment there are 2.5 of the root.
+    wrapping = {
+        "quantisation state": sizes.scales,
+        "embedding and head": sizes.root,
+        "their flat copy": sizes.root,
+        "shard of embedding and head": share,
+    }
+    if not setup.offload:
+        wrapping["4-bit shards"] = resident["4-bit shards"]
+        wrapping["adapter"] = resident["adapter"]
+    kept = sizes.layers if not setup.reshard else 1
+    # BACKWARD_PRE fetches the next unit ahead; with PEFT's policy that is a small one, of the adapter.
+    backward = resident | root | {"gathered layers": kept * (sizes.layer + sizes.adapter_layer)}
+    moments = {"wrapping": wrapping, "backward of a layer": backward | sizes.one_layer_backward()}
+    if setup.offload:
+        # Before the backward pass FSDP asks for the root again, and copies its shard once more from host memory.
+        moments["between forward and backward"] = (
+            resident
+            | root
+            | {
+                "shard of embedding and head, on its way": share,
+                "checkpointed layer inputs": sizes.checkpoints,
+                "last norm": sizes.final_norm,
+            }
+        )
+    return moments
+
+
+def _fsdp2(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
+    resident = sizes.resident(setup.offload)
+    layer = sizes.layer + sizes.adapter_layer
+    # Accelerate makes units of the embedding, and of the last norm with the output head; the head stays gathered.
+    head = {"head": sizes.embedding}
+    wrapping = {
+        "quantisation state": sizes.scales,
+        "embedding and head": sizes.root,
+        "shard of embedding and head": sizes.root // sizes.ranks,
+        "4-bit shards": sizes.layers * sizes.layer // sizes.ranks,
+        "adapter": sizes.adapter // sizes.ranks,
     }
     if setup.offload:
-        training["shards on their way"] = layer // world
-    else:
-        training["4-bit shards"] = shape.layers * layer // world
-        training["shard of embeddings and head"] = embeddings // world
-        training["adapter"] = adapter
-        training["gradients"] = adapter
-        training["optimizer states"] = 2 * adapter
+        wrapping = {
+            name: value for name, value in wrapping.items() if name not in ("4-bit shards", "adapter")
+        }
+    kept = sizes.layers if not setup.reshard else 1
+    backward = (
+        resident
+        | head
+        | {
+            "gathered layers": kept * layer,
+            # the buffer of the all-gather, and the shard copied together for it
+            "next layer on its way": (layer + layer // sizes.ranks) if setup.reshard else 0,
+        }
+    )
+    return {
+        "wrapping": wrapping,
+        "backward of a layer": backward | sizes.one_layer_backward(),
+        # Evaluation leaves the head gathered; the embedding's buffer is freed only after the first layer has come.
+        "evaluation": resident | head | {"embedding": sizes.embedding, "next layer on its way": layer},
+    }
 
-    # FSDP 1 copies a unit's tensors into one flat tensor: for a moment there are two of it, and then a rank's shard.
-    wrapping = {"quantisation state": scales, "root unit": embeddings, "its flat copy": embeddings}
-    if not setup.offload:
-        wrapping["4-bit shards"] = shape.layers * layer // world
-        wrapping["adapter"] = adapter
-    host = {"Python and libraries": int(2.5 * GIB)}
+
+def _one_process(sizes: _Sizes) -> dict[str, dict[str, int]]:
+    resident = sizes.resident(offload=False)
+    return {"backward of a layer": resident | sizes.one_layer_backward()}
+
+
+def _host(sizes: _Sizes, setup: Setup, spare_host: bool) -> dict[str, int]:
+    """Host memory of a rank, memory-mapped checkpoints apart: the system can take their pages back."""
+    host = {"Python and libraries": LIBRARIES}
     if setup.offload:
-        host["layers, pinned"] = shape.layers * pinned_bytes(layer // world)
-        host["embeddings and head, pinned"] = pinned_bytes(embeddings // world)
-        host["adapter, gradients, optimizer"] = 4 * adapter
-    return Plan(training, wrapping, host)
+        layers = sizes.layers * pinned_bytes(sizes.layer // sizes.ranks)
+        root = pinned_bytes(sizes.root // sizes.ranks)
+        host["layers, pinned"] = layers
+        host["embedding and head, pinned"] = root
+        host["adapter, gradients, optimizer"] = 4 * sizes.adapter // sizes.ranks
+        if setup.fsdp_version == 1 and spare_host:
+            host["a pinned block as large as the root's, once reserved for a gradient"] = root
+        elif setup.fsdp_version == 1:
+            host["pinned gradients of frozen weights"] = layers + root
+            host["unpinned originals"] = (sizes.layers * sizes.layer + sizes.root) // sizes.ranks
+    return host
 
 
 def saved_bytes_per_token(shape: Shape) -> int:
     """What one decoder layer keeps for its backward pass while it is computed again, in bytes a token.
 
     Counted in `LlamaDecoderLayer` with LoRA on all linear layers and no dropout: each of the two norms keeps its input
-    in fp32 and its result in bf16 (the input of `lora_A`); attention keeps rotated queries, keys and values repeated
-    for all heads, and its output; the MLP keeps gate, activated gate, up, and their product (the input of the last
-    `lora_A`); and the residual stream between the two halves.
+    in fp32 and its result in bf16 (the input of `lora_A`); attention keeps rotated queries and keys, values and its
+    output (keys and values of the few key-value heads only: the kernel shares them between query heads); the MLP keeps
+    gate, activated gate, up, and their product (the input of the last `lora_A`). Frozen weights ask for no input to be
+    kept.
     """
-    queries = shape.heads * shape.head_dim
-    norms = 2 * (FP32 + BF16) * shape.hidden + BF16 * shape.hidden
-    attention = 4 * BF16 * queries
+    norms = 2 * (FP32 + BF16) * shape.hidden
+    attention = BF16 * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     mlp = 4 * BF16 * shape.intermediate
     return norms + attention + mlp
 
@@ -244,3 +387,56 @@ def saved_bytes_per_token(shape: Shape) -> int:
 def pinned_bytes(wanted: int) -> int:
     """What PyTorch's pinned allocator takes for a request: the next power of two."""
     return 1 << max(0, wanted - 1).bit_length()
+
+
+def fits(plan: Plan, outside: int = OUTSIDE) -> dict[int, float]:
+    """The room that is left on cards of each usual size, in GiB; below zero it does not fit.
+
+    Args:
+        plan: of one rank.
+        outside: what the CUDA context and NCCL take beside PyTorch's allocator, in bytes.
+
+    Returns:
+        `{nominal size in GB: GiB left}`.
+    """
+    return {size: shown - (plan.gpu_peak_bytes + outside) / GIB for size, shown in CARDS.items()}
+
+
+def what_to_change(
+    shape: Shape, setup: Setup, batch: int, length: int, lora_r: int, budget: int
+) -> list[str]:
+    """What brings a plan under a budget: each change alone, then all of them, cheapest in speed first.
+
+    Args:
+        shape: of the model.
+        setup: from the accelerate config.
+        batch: rows a rank and step.
+        length: tokens a row.
+        lora_r: rank of the adapter.
+        budget: bytes that the allocator may have.
+
+    Returns:
+        Sentences; empty if the plan fits as it is.
+    """
+    if plan(shape, setup, batch, length, lora_r).gpu_peak_bytes <= budget:
+        return []
+    tries = []
+    if batch > 1:
+        tries.append(("one row a rank instead of " + str(batch), setup, 1, length))
+    if not setup.reshard:
+        tries.append(
+            ("reshard after the forward pass (FULL_SHARD)", replace(setup, reshard=True), batch, length)
+        )
+    if setup.fsdp_version and not setup.offload:
+        offloaded = replace(setup, offload=True, fsdp_version=1)
+        tries.append(("FSDP 1 with parameters in host memory", offloaded, batch, length))
+    if length > 1024:
+        tries.append(("rows of 1,024 tokens instead of " + f"{length:,}", setup, batch, 1024))
+    if setup.fsdp_version:
+        tries.append(("twice as many GPUs", replace(setup, world_size=2 * setup.world_size), batch, length))
+    said = []
+    for change, other, rows, tokens in tries:
+        peak = plan(shape, other, rows, tokens, lora_r).gpu_peak_bytes
+        verdict = "fits" if peak <= budget else "is still too much"
+        said.append(f"{change}: {peak / GIB:.1f} GiB, {verdict}")
+    return said

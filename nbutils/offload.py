@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
@@ -10,23 +11,29 @@ def spare_host_memory() -> None:
 
     When the first forward begins, FSDP 1 copies each shard of every unit into pinned memory, keeps the unpinned
     original beside it until the unit's first use, and reserves a pinned gradient of the same size, for frozen weights
-    too (`FlatParamHandle.init_flat_param_attributes`). A frozen weight never has a gradient: FSDP looks at the
-    reserved one for trainable parameters only (`_finalize_params`). For 70B on one machine this is the difference
-    between about 45 and about 125 GiB.
+    too (`FlatParamHandle.init_flat_param_attributes`). A frozen weight never has a gradient: FSDP fills the reserved
+    one, and reads it, for trainable parameters only (`_post_backward_hook`, `_finalize_params`). Measured for 70B on
+    one machine without this: 124 GiB, of them 89 pinned and 36 of unpinned originals.
 
     It changes the class for this process; a second call does nothing. Without offload it has no effect.
     """
     plain = FlatParamHandle.init_flat_param_attributes
-    if hasattr(plain, "__wrapped__"):
+    if getattr(plain, "spares_host_memory", False):
         return
 
     @functools.wraps(plain)
     def init_flat_param_attributes(self):
         plain(self)
         flat = self.flat_param
-        if self._offload_params:
-            flat.data = flat._local_shard  # the unpinned original is free from here on
-            if not flat.requires_grad:
-                del flat._cpu_grad  # its pinned block serves the next unit
+        if not self._offload_params:
+            return
+        flat.data = flat._local_shard  # the unpinned original is free from here on
+        if not flat.requires_grad:
+            # FSDP asks before each forward whether there is a gradient, and makes one if it finds None.
+            # One number, repeated over the whole shape, is answer enough; the pinned block serves the next unit.
+            flat._cpu_grad = torch.zeros(1, dtype=flat.dtype).expand(flat.shape)
 
+    init_flat_param_attributes.spares_host_memory = (
+        True  # torch wraps the original too: __wrapped__ would not tell
+    )
     FlatParamHandle.init_flat_param_attributes = init_flat_param_attributes

@@ -1,0 +1,150 @@
+"""The memory plan against everything that was recorded, and the formulas against numbers worked out by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbutils.memory import (
+    GIB,
+    SHAPES,
+    Setup,
+    fits,
+    pinned_bytes,
+    plan,
+    quantisation_state_bytes,
+    saved_bytes_per_token,
+    shape_of,
+    what_to_change,
+)
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RUNS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted(RESULTS.glob("*.json"))
+    if path.stem.startswith(("fit_", "70b_", "held_out_"))
+}
+KEYS = {
+    "": {"machine", "versions", "commit", "date", "command", "config", "outcome", "predicted", "measured"},
+    "config": {
+        "model", "num_layers", "fsdp_version", "offload", "cap_gib", "world_size", "seq_len", "batch_size", "lora_r",
+    },
+    "predicted": {"gpu_peak_bytes", "host_bytes"},
+    "measured": {
+        "gpu_peak_bytes", "host_bytes", "gpu_reserved_bytes", "step_seconds", "tokens_per_second", "losses",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=RUNS)
+def run(request):
+    return RUNS[request.param]
+
+
+def planned(run: dict):
+    config = run["config"]
+    return plan(
+        replace(SHAPES[config["model"]], layers=config["num_layers"]),
+        Setup(config["world_size"], config["fsdp_version"], config["offload"]),
+        config["batch_size"],
+        config["seq_len"],
+        config["lora_r"],
+        spare_host=config["spare_host_memory"],
+    )
+
+
+def test_some_runs_are_recorded_and_some_were_not_used_for_the_fit():
+    assert len([name for name in RUNS if name.startswith("fit_")]) == 4
+    assert [name for name in RUNS if not name.startswith("fit_")]
+
+
+def test_each_result_says_what_ran_where(run):
+    for part, keys in KEYS.items():
+        assert not keys - set(run[part] if part else run), part
+    assert run["outcome"] in ("ok", "oom")
+    assert run["machine"]["gpus"] and run["machine"]["driver"] and run["commit"]
+    assert {"torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "python"} <= set(
+        run["versions"]
+    )
+    assert "accelerate launch" in run["command"]
+    assert "/tmp/" not in json.dumps(run["config"]) + run["command"]
+
+
+def test_the_plan_is_within_five_percent_of_the_peak(run):
+    if run["outcome"] == "oom":
+        assert planned(run).gpu_peak_bytes > run["config"]["cap_gib"] * GIB
+    else:
+        assert planned(run).gpu_peak_bytes == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.05)
+
+
+def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run):
+    if run["outcome"] == "oom":
+        return
+    moments, phases = planned(run).moments, run["measured"]["phases"]
+    wrapping = sum(moments["wrapping"].values())
+    training = max(
+        sum(items.values()) for name, items in moments.items() if name not in ("wrapping", "evaluation")
+    )
+    assert wrapping == pytest.approx(phases["wrapped"][0], rel=0.01)
+    assert training == pytest.approx(phases["trained"][0], rel=0.02)
+
+
+def test_host_memory_is_within_fifteen_percent(run):
+    if run["outcome"] == "ok":
+        host = planned(run).host_bytes * run["config"]["world_size"]
+        assert host == pytest.approx(run["measured"]["host_bytes"], rel=0.15)
+
+
+def test_no_run_that_trained_was_predicted_not_to_fit(run):
+    cap = run["config"]["cap_gib"]
+    if run["outcome"] == "ok" and cap:
+        assert planned(run).gpu_peak_bytes < cap * GIB
+
+
+def test_the_shapes_have_the_parameters_of_the_model_cards():
+    assert SHAPES["llama32_1b"].parameters == 1_235_814_400
+    assert SHAPES["llama31_8b"].parameters == 8_030_261_248
+    assert SHAPES["llama31_70b"].parameters == 70_553_706_496
+    assert SHAPES["llama31_405b"].parameters == 405_853_388_800
+    assert SHAPES["llama31_70b"].adapter_parameters(16) == 207_093_760  # as the recorded adapter has
+
+
+def test_a_config_json_gives_the_shape(tmp_path):
+    shape = SHAPES["llama31_8b"]
+    config = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert replace(shape_of(tmp_path), name=shape.name) == shape
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="vocab_size"):
+        shape_of(tmp_path)
+    with pytest.raises(ValueError, match="neither one of tiny"):
+        shape_of("llama9")
+
+
+def test_formulas_by_hand():
+    assert quantisation_state_bytes(64 * 256) == 256 + 4
+    assert pinned_bytes(213_925_888) == 256 * 2**20
+    assert pinned_bytes(2**20) == 2**20
+    assert saved_bytes_per_token(SHAPES["llama31_70b"]) == 364_544
+
+
+@pytest.mark.parametrize("config", ["config_fsdp.yaml", "config_fsdp2.yaml"])
+def test_the_setup_comes_from_the_config_files(config):
+    folder = Path(__file__).parents[1] / "configs" / "accelerate"
+    setup = Setup.read(folder / config)
+    assert (setup.fsdp_version, setup.offload) == ((1, True) if config == "config_fsdp.yaml" else (2, False))
+    assert setup.world_size == 2 and setup.reshard
+
+
+def test_cards_and_advice():
+    shape = SHAPES["llama31_70b"]
+    tight = plan(shape, Setup(2, 1, False), 1, 1024)
+    assert fits(tight)[24] < 0 < fits(tight)[48]
+    advice = what_to_change(shape, Setup(2, 1, False), 1, 1024, 16, int(22.5 * GIB))
+    assert any("host memory" in line and line.endswith("fits") for line in advice)
+    assert what_to_change(shape, Setup(2, 1, True), 1, 1024, 16, int(22.5 * GIB)) == []
