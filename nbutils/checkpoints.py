@@ -188,11 +188,12 @@ def checkpoints_in(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def newest_complete(output: Path) -> Path | None:
+def newest_complete(output: Path, say: Callable = print) -> Path | None:
     """Find the newest checkpoint in which nothing is missing or changed; name what is wrong with newer ones.
 
     Args:
         output: the folder of the run.
+        say: told what is wrong with the newer ones.
 
     Returns:
         A checkpoint, or None if there is none at all.
@@ -206,7 +207,7 @@ def newest_complete(output: Path) -> Path | None:
         if problem is None:
             return folder
         problems.append(f"{folder.name} cannot be used: {problem}.")
-        print(problems[-1], "Looking at the one before it.", flush=True)
+        say(problems[-1], "Looking at the one before it.", flush=True)
     if problems:
         raise CheckpointError(
             " ".join(problems) + f" No complete checkpoint is left in {output}; start anew in another folder."

@@ -4,9 +4,12 @@ The Trainer's own checkpoints ask FSDP for a state dict and PEFT for the adapter
 empty. Here each rank writes what it holds (see `nbutils.checkpoints`) and puts it back into the same memory.
 """
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from trl import SFTTrainer
 
@@ -59,24 +62,7 @@ class ResumableTrainer(SFTTrainer):
             CheckpointError: nothing to resume from is complete; it belongs to a run of another kind; or `resume` is
                 False and the folder holds checkpoints, which a new run would mix with its own.
         """
-        output, chosen = Path(self.args.output_dir), []
-
-        def choose():
-            if not resume and (old := checkpoints_in(output)):
-                raise CheckpointError(
-                    f"{output} holds {old[-1].name} of an earlier run. Go on from it with --resume true, or name "
-                    "another output_dir: a new run would mix its checkpoints with those."
-                )
-            folder = newest_complete(output) if resume else None
-            if folder is not None:
-                refuse_another_run(read_manifest(folder)["facts"], run_facts(self), folder)
-                print(f"Resuming from {folder}.", flush=True)
-            elif resume:
-                print(f"{output} holds no checkpoint; beginning at step 0.", flush=True)
-            chosen.append(folder and str(folder))
-
-        on_every_rank(lambda: rank() == 0 and choose(), CheckpointError)
-        folder = in_step(chosen[0] if chosen else None)
+        folder = _choose(self.args.output_dir, resume, run_facts(self), say=print)
         # A resumed run has its held-out loss of the beginning already.
         self.args.eval_on_start = self.args.eval_on_start and folder is None
         return folder
@@ -123,6 +109,48 @@ class ResumableTrainer(SFTTrainer):
             self._globalstep_last_logged = notes["last_logged"]
             self._metrics["train"].update(notes["metrics"])
             self._total_train_tokens = notes["tokens"]
+
+
+def refuse_before_loading(output_dir: str | Path, resume: bool) -> None:
+    """Refuse before a large model is loaded what `checkpoint_to_resume` would refuse after it, as far as one can see.
+
+    Every rank must call it, with the process group there (`PartialState()` makes it).
+
+    Args:
+        output_dir: the folder of the run.
+        resume: as for `checkpoint_to_resume`.
+
+    Raises:
+        CheckpointError: as `checkpoint_to_resume`; of the run's settings the number of processes and the FSDP version.
+    """
+    with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    launched = {
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "fsdp_version": int(os.environ.get("FSDP_VERSION", "1")) if with_fsdp else None,
+    }
+    _choose(output_dir, resume, launched, say=lambda *words, **_: None)
+
+
+def _choose(output_dir: str | Path, resume: bool, facts: dict, say: Callable) -> str | None:
+    """Rank 0 looks for a checkpoint that fits these facts, and every rank gets its name or its error."""
+    output, chosen = Path(output_dir), []
+
+    def choose():
+        if not resume and (old := checkpoints_in(output)):
+            raise CheckpointError(
+                f"{output} holds {old[-1].name} of an earlier run. Go on from it with --resume true, or name "
+                "another output_dir: a new run would mix its checkpoints with those."
+            )
+        folder = newest_complete(output, say) if resume else None
+        if folder is not None:
+            refuse_another_run(read_manifest(folder)["facts"], facts, folder)
+            say(f"Resuming from {folder}.", flush=True)
+        elif resume:
+            say(f"{output} holds no checkpoint; beginning at step 0.", flush=True)
+        chosen.append(folder and str(folder))
+
+    on_every_rank(lambda: rank() == 0 and choose(), CheckpointError)
+    return in_step(chosen[0] if chosen else None)
 
 
 def run_facts(trainer: ResumableTrainer) -> dict:

@@ -138,6 +138,9 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused(trained):
     }.items():
         assert set(seen[name]["status"]) == {1}, name
         assert all(words in output for output in seen[name]["output"]), name
+        assert not any("Loading weights" in output for output in seen[name]["output"]), (
+            name
+        )  # in the first seconds
 
 
 @pytest.fixture
