@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 matrix: $(STAMP)
-	$(BIN)/python -m pytest -m matrix -v
+	$(BIN)/python -m pytest -m matrix -s
 
 lint: $(STAMP)
 	$(BIN)/python -m nbutils script runs/lint

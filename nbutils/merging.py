@@ -124,7 +124,7 @@ def _merged(name: str, file: Path, adapter: Path, plan: dict, config: LoraConfig
     parts = {part: read_tensor(adapter, key) for part, key in keys.items()}
     if "whole" in parts:
         return parts["whole"].to(weight.dtype)  # as PeftModel.from_pretrained loads it
-    return merge_weight(weight, name.removesuffix(".weight"), config, parts)
+    return merge_weight(weight.clone(), name.removesuffix(".weight"), config, parts)
 
 
 def _plan(file: Path, config: LoraConfig, base: dict) -> dict[str, dict[str, str]]:

@@ -21,7 +21,9 @@ def script_text(notebook: Path = NOTEBOOK) -> str:
     Raises:
         ValueError: the notebook has no `%%writefile` cell, or several.
     """
-    cells = json.loads(notebook.read_text())["cells"]  # a notebook is JSON; a cell's source is a list of lines
+    cells = json.loads(notebook.read_text())[
+        "cells"
+    ]  # a notebook is JSON; a cell's source is a list of lines
     sources = ["".join(cell["source"]) for cell in cells]
     found = [source for source in sources if source.startswith("%%writefile")]
     if len(found) != 1:

@@ -40,9 +40,9 @@ def layout_of(file: str | Path) -> dict[str, Entry]:
 
 
 def read_tensor(file: str | Path, name: str) -> torch.Tensor:
-    """Read one tensor, and close the file: left open, every page ever read would count as memory."""
+    """Map one tensor from its file, and close the file: left open, every page ever read would count as memory."""
     with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name).clone()
+        return opened.get_tensor(name)
 
 
 def write_tensors(

@@ -65,7 +65,9 @@ def test_prose_and_conversations_share_no_sentence():
         return {s.strip() for s in re.split(r"(?<=[.?!])\s+", text) if len(s.split()) > 4}
 
     prose = set().union(*(sentences(paragraph) for part in read_prose() for paragraph in part))
-    talk = [turn["content"] for name in ("train", "heldout") for row in rows(name) for turn in row["messages"]]
+    talk = [
+        turn["content"] for name in ("train", "heldout") for row in rows(name) for turn in row["messages"]
+    ]
     shared = prose & set().union(*(sentences(text) for text in talk))
     assert not shared
 
@@ -97,7 +99,11 @@ def test_each_assistant_turn_becomes_a_row(tmp_path):
 
 BAD = {
     "unknown columns": ("a.jsonl", '{"question": "x", "answer": "y"}', r"columns answer, question.*Wanted"),
-    "a row that is not text": ("a.jsonl", '{"prompt": 3, "completion": "y"}', r"row 1: prompt must be text, found int"),
+    "a row that is not text": (
+        "a.jsonl",
+        '{"prompt": 3, "completion": "y"}',
+        r"row 1: prompt must be text, found int",
+    ),
     "an empty answer": ("a.jsonl", '{"prompt": "x", "completion": " "}', r"row 1: completion is empty"),
     "no assistant turn": (
         "a.jsonl",
@@ -121,7 +127,7 @@ def test_bad_data_is_refused_with_a_sentence(tmp_path, name, content, message):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="no file nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.jsonl"):
         load_conversations("nowhere.jsonl")
 
 

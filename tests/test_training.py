@@ -1,0 +1,190 @@
+"""The real script, launched on two processes: what it promises, and what happens when a promise is broken."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from nbutils.launch import LaunchFailed, choose_config, launch
+from nbutils.recipe import script_text
+from nbutils.tiny import tiny_base, tiny_config
+
+pytestmark = pytest.mark.launch
+
+SETTINGS = {
+    "dataset": "data/instructions/train.jsonl",
+    "heldout_dataset": "data/instructions/heldout.jsonl",
+    "max_steps": 6,
+    "max_length": 128,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 5.0e-3,
+    "lora_r": 8,
+    "logging_steps": 1,
+    "eval_steps": 3,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def edited(*changes: tuple[str, str]) -> str:
+    """The script with some words replaced; each must be there."""
+    text = script_text()
+    for old, new in changes:
+        assert old in text, f"the script no longer says {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+def train(folder, fsdp_version=1, script=None, rehearsal=True, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "script.py"
+    path.write_text(script or script_text())
+    output = folder / "out"
+    everything = {"model": str(tiny_base()), "output_dir": str(output), **SETTINGS, **settings}
+    (folder / "train.yaml").write_text(yaml.safe_dump(everything))
+    launch(
+        path,
+        ["--config", str(folder / "train.yaml")],
+        choose_config(fsdp_version, rehearsal=True),
+        rehearsal=rehearsal,
+        log=folder / "train.log",
+        output_dir=output,
+        timeout=240,
+        show=False,
+    )
+    return output
+
+
+def losses(output, name="loss"):
+    lines = [json.loads(line) for line in (output / "progress.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def assert_whole(adapter, layers=4):
+    """7 linear layers a decoder layer, an A and a B each, and no B that is all zero."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 7 * layers * 2
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("fsdp1"))
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("fsdp2"), fsdp_version=2)
+
+
+@pytest.mark.parametrize(("run", "version"), [("first", 1), ("second", 2)])
+def test_it_is_fsdp_over_sharded_nf4(run, version, request):
+    facts = json.loads((request.getfixturevalue(run) / "run.json").read_text())["training"]
+    assert (facts["distributed_type"], facts["fsdp_version"], facts["world_size"]) == ("FSDP", version, 2)
+    assert (facts["quant_type"], facts["quant_storage"]) == ("nf4", "bfloat16")
+    half = facts["nf4_bytes_total"] / 2
+    assert half > 0
+    assert all(abs(held - half) <= 0.05 * half for held in facts["nf4_bytes_per_rank"])
+    assert (facts["frozen_dtypes"], facts["mixed_precision"]) == (["bfloat16"], "no")
+    assert facts["activation_checkpointing"]
+    assert facts["use_reentrant"] is False
+
+
+@pytest.mark.parametrize("run", ["first", "second"])
+def test_it_learns_and_saves_a_whole_adapter(run, request):
+    output = request.getfixturevalue(run)
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["training"]["held_out_loss_after"] < facts["training"]["held_out_loss_before"]
+    assert facts["adapter"]["verified"]
+    assert_whole(output / "adapter")
+
+
+def test_both_versions_give_the_same_losses(first, second):
+    assert losses(first) == pytest.approx(losses(second), rel=0.01)
+    assert losses(first, "eval_loss") == pytest.approx(losses(second, "eval_loss"), rel=0.01)
+
+
+def test_evaluating_changes_no_training_loss(first, tmp_path):
+    """Evaluations before and in the middle of training: on some CPUs the first one spoils the 4-bit weights."""
+    never = train(
+        tmp_path,
+        script=edited(
+            ("    eval_on_start: bool = True", "    eval_on_start: bool = False"),
+            ('    eval_strategy: str = "steps"', '    eval_strategy: str = "no"'),
+        ),
+        eval_steps=1000,
+    )
+    assert len(losses(first, "eval_loss")) >= 3
+    assert losses(never) == losses(first)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_base_model_with_tied_embeddings_and_a_users_own_alpaca_file(tmp_path, version):
+    """No chat template, no padding token, a tied head, and a thousand Alpaca rows: no change of code."""
+    config = tiny_config()
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base())
+    tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token = None, None, "<|end_of_text|>"
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"instruction": f"Add {i} and 1.", "input": "", "output": str(i + 1)} for i in range(1000)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    output = train(
+        tmp_path / "run",
+        version,
+        model=str(tmp_path / "base"),
+        dataset=str(tmp_path / "alpaca.json"),
+        heldout_dataset=None,
+        max_steps=3,
+    )
+    assert_whole(output / "adapter")
+    saved = AutoTokenizer.from_pretrained(output / "adapter")
+    assert "Question: " in saved.chat_template
+    assert saved.pad_token == "<|finetune_right_pad_id|>"
+
+
+def test_with_the_cast_put_back_the_preflight_refuses(tmp_path):
+    script = edited(
+        ("prepare_for_fsdp_qlora(\n        model,", "prepare_model_for_kbit_training(\n        model,"),
+        ("activation_checkpointing=training.activation_checkpointing,\n", ""),
+        (
+            'use_reentrant=training.activation_checkpointing_kwargs["use_reentrant"],',
+            "use_gradient_checkpointing=False,",
+        ),
+        ("from peft import LoraConfig, ", "from peft import LoraConfig, prepare_model_for_kbit_training, "),
+    )
+    with pytest.raises(LaunchFailed, match=r"float32"):
+        train(tmp_path, script=script)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_launch_that_falls_back_from_fsdp_fails(tmp_path, monkeypatch):
+    """The same file and script without the rehearsal: Accelerate runs DDP on a CPU, and says nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(LaunchFailed, match=r"FSDP was asked for, but the run is MULTI_CPU"):
+        train(tmp_path, rehearsal=False)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_saving_with_the_plain_trainer_call_is_noticed(tmp_path):
+    """Under FSDP 1 and peft 0.21 `save_model` writes a file without tensors; peft 0.20 writes them."""
+    script = edited(
+        (
+            'proof = save_adapter(trainer.model, output / "adapter", tokenizer)',
+            'proof = trainer.save_model(str(output / "adapter")) or {}',
+        ),
+    )
+    script = script.replace("{proof['tensors']} tensors saved and verified", "saved")
+    output = train(tmp_path, script=script, max_steps=2)
+    import peft
+
+    if peft.__version__.startswith("0.20"):
+        assert_whole(output / "adapter")
+    else:
+        with pytest.raises((AssertionError, FileNotFoundError)):
+            assert_whole(output / "adapter")
