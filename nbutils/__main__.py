@@ -53,10 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-<step>")
     export.add_argument("out", type=Path, help="new folder for the adapter")
 
+    quantise = commands.add_parser("quantise", help="write the NF4 checkpoint of a bf16 model, once")
+    quantise.add_argument("model", help="folder or hub id of the bf16 model")
+    quantise.add_argument("out", type=Path, help="new folder")
+
+    commands.add_parser("dryrun", help="train the real script on random weights, and measure", add_help=False)
+
     commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
 
     options, others = parser.parse_known_args(arguments)
-    if others and options.command != "doctor":  # the doctor reads its own
+    if others and options.command not in ("doctor", "dryrun"):  # these read their own
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
@@ -68,6 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         return doctor(others)
 
+    if options.command == "dryrun":
+        from nbutils.dryrun import main as dryrun
+
+        return dryrun(others)
+    if options.command == "quantise":
+        return _quantise(options)
     if options.command in ("merge", "export"):
         return _merge_or_export(options)
     if options.command == "script":
@@ -130,6 +142,20 @@ def _merge_or_export(options: argparse.Namespace) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     print(f"{options.out}: " + ", ".join(f"{name} {value}" for name, value in done.items()))
+    return 0
+
+
+def _quantise(options: argparse.Namespace) -> int:
+    from nbutils.checkpoint import BadCheckpoint
+    from nbutils.download import CannotDownload
+    from nbutils.loading import quantise_checkpoint
+
+    try:
+        size = quantise_checkpoint(options.model, options.out)
+    except (BadCheckpoint, CannotDownload, FileExistsError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: {size / 1e9:.2f} GB of tensors, linear layers in NF4")
     return 0
 
 

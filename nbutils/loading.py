@@ -1,10 +1,13 @@
 """Load a model in NF4 so that FSDP can shard it."""
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
+from filelock import FileLock
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,33 +20,83 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from nbutils.chat import ready_for_chat
-from nbutils.checkpoint import Checkpoint
+from nbutils.checkpoint import BadCheckpoint, Checkpoint
+from nbutils.course import RUNS
+from nbutils.download import local_folder
 from nbutils.offload import spare_host_memory
-from nbutils.quantise import nf4_config
+from nbutils.quantise import nf4_config, progress, quantise_tensor, write_nf4
 
-__all__ = ["empty_model", "linear_weights", "load_nf4", "load_tokenizer", "nf4_config"]
+__all__ = ["empty_model", "linear_weights", "load_nf4", "load_tokenizer", "nf4_config", "quantise_checkpoint"]
+
+# Up to this size (8B in bf16 has 16 GB) each rank quantises for itself; above, one rank writes the NF4 checkpoint and
+# all of them map it, so that a machine holds one copy however many ranks it has.
+IN_MEMORY_BYTES = 20e9
 
 
 def load_nf4(model_id: str) -> PreTrainedModel:
     """Load a causal language model in NF4 with bf16 storage into host memory.
 
-    A checkpoint that is NF4 already (see `nbutils.quantise`) is mapped and not copied: its bytes lie in the page cache,
-    once for all ranks of a machine, and FSDP moves one unit at a time to the GPU.
+    A checkpoint that is NF4 already (see `python -m nbutils quantise`) is mapped and not copied: its bytes lie in the
+    page cache, once for all ranks of a machine, and FSDP moves one unit at a time to the GPU. A bf16 checkpoint is
+    quantised tensor by tensor through the GPU; a large one is first written in NF4 to `runs/cache` and then mapped.
 
     Args:
         model_id: a local folder or a hub id.
 
     Returns:
         The model on the CPU: linear layers in NF4, everything else in bf16.
+
+    Raises:
+        BadCheckpoint: a file or a tensor is missing or damaged, or the checkpoint is quantised in another way.
+        CannotDownload: the hub does not give the model.
     """
     spare_host_memory()
-    folder = Path(model_id)
-    config = AutoConfig.from_pretrained(model_id)
-    if folder.is_dir() and getattr(config, "quantization_config", None):
-        return _load_quantised(folder, config)
-    return AutoModelForCausalLM.from_pretrained(
-        model_id, quantization_config=nf4_config(), dtype=torch.bfloat16, device_map={"": "cpu"}
-    )
+    folder = local_folder(model_id)
+    config = AutoConfig.from_pretrained(folder)
+    checkpoint = Checkpoint(folder)
+    if not getattr(config, "quantization_config", None):
+        if checkpoint.bytes_on_disk <= IN_MEMORY_BYTES:
+            return _load_bf16(checkpoint, config)
+        folder = _quantised_copy(checkpoint)
+        config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
+    _refuse_other_quantisations(config.quantization_config, folder)
+    return _load_quantised(checkpoint, config)
+
+
+def quantise_checkpoint(
+    model_id: str | Path, out: str | Path, device: torch.device | str | None = None
+) -> int:
+    """Write the NF4 checkpoint of a bf16 one, tokenizer included, so that later runs load in minutes.
+
+    Args:
+        model_id: a local folder or a hub id.
+        out: a new folder; it appears under this name when it is complete.
+        device: where to quantise; None takes the GPU if there is one.
+
+    Returns:
+        Bytes of the tensors that were written.
+
+    Raises:
+        BadCheckpoint: as `load_nf4`; or the checkpoint is quantised already.
+        FileExistsError: `out` is there already.
+    """
+    folder, out = local_folder(model_id), Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already. Name a new folder, or delete this one.")
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        raise BadCheckpoint(f"{folder} is quantised already; wanted a checkpoint in bf16.")
+    checkpoint = Checkpoint(folder)
+    model = empty_model(config, pre_quantised=False)
+    partial = out.with_name(out.name + ".partial")
+    with progress(checkpoint.bytes_on_disk, "quantising") as bar:
+        total = write_nf4(
+            partial, config, _needed(checkpoint, model, bar), linear_weights(model), device or _device()
+        )
+    if (folder / "tokenizer_config.json").exists():
+        AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
+    partial.rename(out)
+    return total
 
 
 def empty_model(config: PretrainedConfig, pre_quantised: bool) -> PreTrainedModel:
@@ -77,34 +130,111 @@ def linear_weights(model: PreTrainedModel) -> set[str]:
     }
 
 
-def _load_quantised(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
-    model = empty_model(config, pre_quantised=True)
-    checkpoint = Checkpoint(folder)
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            _fill_linear(module, f"{name}.weight", checkpoint)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta and not isinstance(parameter, bnb.nn.Params4bit):
-            value = checkpoint.read(name).to(torch.bfloat16)
-            _set(model, name, nn.Parameter(value, requires_grad=False))
+def _load_bf16(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
+    model = empty_model(config, pre_quantised=False)
+    to_quantise, device = linear_weights(model), _device()
+    with progress(checkpoint.bytes_on_disk, "loading") as bar:
+        for name, tensor in _needed(checkpoint, model, bar):
+            if name in to_quantise:
+                packed, state = quantise_tensor(tensor.to(torch.bfloat16), device)
+                parts = {part: value.cpu() for part, value in state.as_dict(packed=True).items()}
+                _fill_linear(model, name, packed.cpu(), parts)
+            else:  # cloned: as a view of the mapped file it would follow the file's fate
+                _set(model, name, tensor.to(torch.bfloat16, copy=True))
     model.tie_weights()
     return model
 
 
-def _fill_linear(module: bnb.nn.Linear4bit, name: str, checkpoint: Checkpoint) -> None:
-    parts = {
-        part.removeprefix(f"{name}."): checkpoint.read(part)
-        for part in checkpoint.parts_of(name)
-        if part != name
-    }
-    module.weight = bnb.nn.Params4bit.from_prequantized(
-        checkpoint.read(name), parts, device="cpu", module=module
+def _load_quantised(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
+    model = empty_model(config, pre_quantised=True)
+    packed = linear_weights(model)
+    for name, tensor in _needed(checkpoint, model):
+        if name in packed:
+            parts = {
+                part.removeprefix(f"{name}."): checkpoint.read(part) for part in checkpoint.parts_of(name)
+            }
+            parts.pop(name, None)
+            if not parts:
+                raise BadCheckpoint(
+                    f"{name} has no quantisation state ({name}.absmax and so on) in {checkpoint.folder}."
+                )
+            _fill_linear(model, name, _stored_as_bf16(tensor), parts)
+        else:
+            _set(model, name, tensor.to(torch.bfloat16))
+    model.tie_weights()
+    return model
+
+
+def _needed(checkpoint: Checkpoint, model: PreTrainedModel, bar=None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors the model needs, in the order of the files, so that each is opened once."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    packed = linear_weights(model) if model.hf_quantizer.pre_quantized else set()
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    if missing := sorted(set(shapes) - set(checkpoint.files)):
+        checkpoint.read(missing[0])  # raises, and names it
+    for name in checkpoint.names():
+        if name not in shapes:
+            continue
+        tensor = checkpoint.read(name)
+        if name not in packed and tensor.shape != shapes[name]:
+            raise BadCheckpoint(
+                f"{name} has shape {tuple(tensor.shape)} in {checkpoint.folder}; its config.json wants "
+                f"{tuple(shapes[name])}."
+            )
+        yield name, tensor
+        if bar is not None:
+            bar.update(tensor.numel() * tensor.element_size())
+
+
+def _stored_as_bf16(packed: torch.Tensor) -> torch.Tensor:
+    """The same packed bytes as bf16, whatever dtype they are stored in: uint8 is what most of the hub has."""
+    return packed.contiguous().view(-1).view(torch.bfloat16).view(-1, 1)
+
+
+def _refuse_other_quantisations(found, folder: Path) -> None:
+    settings = found if isinstance(found, dict) else found.to_dict()
+    kind = (
+        settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
+    )
+    if kind != "nf4":
+        raise BadCheckpoint(
+            f"{folder} is quantised as {kind}; wanted NF4 of bitsandbytes. Take the model's bf16 checkpoint, and "
+            "quantise it once: python -m nbutils quantise MODEL OUT"
+        )
+
+
+def _quantised_copy(checkpoint: Checkpoint) -> Path:
+    """The NF4 copy of a large bf16 checkpoint in `runs/cache`, written by whichever rank comes first."""
+    files = sorted(set(checkpoint.files.values()))
+    stats = [(file, (checkpoint.folder / file).stat()) for file in files]
+    facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    out = RUNS / "cache" / f"nf4-{digest}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):  # the other ranks wait here; a barrier of the process group would time out
+        if not out.exists():
+            quantise_checkpoint(checkpoint.folder, out)
+    return out
+
+
+def _device() -> torch.device:
+    """Where to quantise: this rank's GPU, or the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
     )
 
 
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _fill_linear(model: nn.Module, name: str, packed: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    module = model.get_submodule(name.removesuffix(".weight"))
+    module.weight = bnb.nn.Params4bit.from_prequantized(packed, parts, device="cpu", module=module)
+
+
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ WORKSPACES = (
 LIBRARIES = int(
     1.75 * GIB
 )  # Python, torch, transformers and the rest in host memory, a rank; recorded: 1.70 to 1.71
+LIBRARIES_CPU = int(0.4 * GIB)  # the same with torch's CPU build, which a rehearsal needs no more than
 OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on two H200s: 2.18 to 2.26
 # What a card of a nominal size shows to programs, in GiB, as nvidia-smi tells its total.
 CARDS = {16: 15.6, 24: 23.6, 40: 39.4, 48: 47.4, 80: 79.1, 141: 139.8}

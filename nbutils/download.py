@@ -1,0 +1,52 @@
+"""From a local folder or a hub id to a local folder, without downloading anything twice or anything useless."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+# What a model of the hub needs here. Llama repositories keep a second copy of all weights under original/.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+UNWANTED = ["original/*"]
+
+
+class CannotDownload(RuntimeError):
+    """The hub did not give the model; the message says what to do."""
+
+
+def local_folder(model_id: str | Path) -> Path:
+    """The folder that holds a model's files; a hub id is downloaded first.
+
+    A download that was cut off goes on where it stopped when it is asked for again. Several processes may ask at the
+    same time: the hub client locks each file.
+
+    Args:
+        model_id: a local folder, or a hub id such as `meta-llama/Llama-3.1-70B`.
+
+    Raises:
+        CannotDownload: the hub refuses, has no such model, or cannot be reached.
+    """
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    try:
+        return Path(snapshot_download(str(model_id), allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except GatedRepoError:
+        raise CannotDownload(
+            f"{model_id} is behind a licence. Accept it on https://huggingface.co/{model_id} with your account, make a "
+            "read token under Settings > Access Tokens, and type: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CannotDownload(
+            f"{model_id} is neither a local folder nor a model that the hub shows you. Look at the spelling; a private "
+            "model needs: hf auth login"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
+        raise CannotDownload(
+            f"{model_id} is no local folder, and the hub could not be reached ({str(problem).splitlines()[0]}). Ask "
+            "again later: what has come already is kept."
+        ) from None

@@ -1,0 +1,145 @@
+"""The pictures and tables of lesson 06: the memory plan beside the cards, and predictions beside records."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from nbutils import plots
+from nbutils.memory import CARDS, GIB, SHAPES, Plan, Setup, plan
+
+COLOURS = [plots.BLUE, plots.ORANGE, plots.SKY, plots.GREEN, plots.PURPLE, "#999999"]
+HATCHES = ["", "///", "...", "xxx", "\\\\\\"]
+
+
+def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
+    """The recorded dry runs by name, those that the plan was fitted on first.
+
+    Args:
+        folder: of the records.
+    """
+    files = sorted(Path(folder).glob("*.json"))
+    runs = {path.stem: json.loads(path.read_text()) for path in files}
+    dry = {name: run for name, run in runs.items() if "gpu_peak_bytes" in run.get("predicted", {})}
+    return dict(sorted(dry.items(), key=lambda item: (not item[0].startswith("fit_"), item[0])))
+
+
+def plan_of(run: dict) -> Plan:
+    """The plan for a recorded configuration, worked out now.
+
+    Args:
+        run: one of `recorded_runs`.
+    """
+    config = run["config"]
+    return plan(
+        replace(SHAPES[config["model"]], layers=config["num_layers"]),
+        Setup(config["world_size"], config["fsdp_version"], config["offload"]),
+        config["batch_size"],
+        config["seq_len"],
+        config["lora_r"],
+        spare_host=config["spare_host_memory"],
+    )
+
+
+def compare_with_records(runs: dict[str, dict]) -> None:
+    """Print predicted beside recorded, one line a run.
+
+    Args:
+        runs: from `recorded_runs`.
+    """
+    rows = []
+    for name, run in runs.items():
+        expected, measured = plan_of(run), run["measured"]
+        peak = measured["gpu_peak_bytes"]
+        seen = f"{peak / GIB:.2f}" if run["outcome"] == "ok" else "out of memory"
+        off = f"{expected.gpu_peak_bytes / peak - 1:+.2%}" if run["outcome"] == "ok" else ""
+        host = expected.host_bytes * run["config"]["world_size"]
+        rows.append([name, f"{expected.gpu_peak_bytes / GIB:.2f}", seen, off, f"{host / GIB:.0f}",
+                     f"{measured['host_bytes'] / GIB:.0f}"])  # fmt: skip
+    plots.table(["run", "GPU planned", "GPU recorded", "off by", "host planned", "host recorded"], rows)
+
+
+def draw_plans(
+    plans: dict[str, Plan], recorded: dict[str, float | None], cards: Sequence[int] = (24, 48)
+) -> None:
+    """Draw each plan as a stacked bar, with what was recorded and what cards of some sizes show.
+
+    Args:
+        plans: by label.
+        recorded: GiB by label; None where nothing was recorded.
+        cards: nominal sizes in GB.
+    """
+    names = list(dict.fromkeys(name for item in plans.values() for name in item.gpu))
+    figure, axes = plt.subplots(figsize=(7.2, 0.75 * len(plans) + 2.4))
+    for row, (label, item) in enumerate(plans.items()):
+        left = 0.0
+        for number, name in enumerate(names):
+            gib = item.gpu.get(name, 0) / GIB
+            style = {"color": COLOURS[number % 6], "hatch": HATCHES[number // 6], "edgecolor": "white"}
+            axes.barh(row, gib, 0.6, left, linewidth=0.4, label=name, **style)
+            left += gib
+        if recorded.get(label):
+            axes.plot(recorded[label], row, marker="D", color=plots.BLACK, linestyle="", markersize=6)
+    for card in cards:
+        axes.axvline(CARDS[card], color=plots.VERMILION, linestyle="--", linewidth=1, marker="")
+        axes.text(CARDS[card], -0.4, f" {card} GB card", color=plots.VERMILION, fontsize=8)
+    axes.set_yticks(range(len(plans)), plans)
+    axes.set_ylim(len(plans) - 0.5, -0.6)
+    axes.set_xlabel("GiB on each GPU at the highest moment; diamond: recorded")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    figure.legend(unique.values(), unique.keys(), fontsize=7, ncols=3, loc="outside lower center")
+    text = "; ".join(
+        f"{label}: planned {item.gpu_peak_bytes / GIB:.1f} GiB"
+        + (f", recorded {recorded[label]:.1f}" if recorded.get(label) else "")
+        for label, item in plans.items()
+    )
+    lines = ", ".join(f"{card} GB card {CARDS[card]} GiB" for card in cards)
+    plots.show(figure, f"Stacked bars of the memory plan. {text}. Dashed lines: {lines}.")
+
+
+def hours(tokens: float, tokens_per_second: float) -> float:
+    """Hours for so many tokens at a speed over all GPUs."""
+    return tokens / tokens_per_second / 3600
+
+
+def pcie_estimate(
+    weights: float,
+    parameters: float,
+    tokens: int,
+    ranks: int,
+    host_gbs: float,
+    between_gbs: float,
+    tflops: float,
+) -> dict[str, float]:
+    """An estimate, not a measurement: seconds of a step of FSDP with offload on cards joined by PCIe.
+
+    Each rank copies its shard from host memory and receives the others', both once for the forward and once for the
+    backward pass. Frozen weights cost 6 FLOP a parameter and token when the forward pass is computed twice (forward,
+    again, gradients of the inputs). Transfers and computing are taken as one after the other.
+
+    Args:
+        weights: bytes of the whole packed model, embedding and head included.
+        parameters: weights of the model.
+        tokens: a rank and step.
+        ranks: number of GPUs.
+        host_gbs: GB/s from host memory to a GPU.
+        between_gbs: GB/s between two GPUs.
+        tflops: what a GPU really reaches in bf16, in TFLOP/s.
+
+    Returns:
+        `transfer`, `compute`, `step` in seconds and `tokens_per_second` over all ranks.
+    """
+    copied = 2 * weights / ranks
+    received = 2 * weights * (ranks - 1) / ranks
+    transfer = copied / (host_gbs * 1e9) + received / (between_gbs * 1e9)
+    compute = 6 * parameters * tokens / (tflops * 1e12)
+    step = transfer + compute
+    return {
+        "transfer": transfer,
+        "compute": compute,
+        "step": step,
+        "tokens_per_second": tokens * ranks / step,
+    }
