@@ -52,7 +52,7 @@ LESSONS = [
         "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 2, 20, 15, "nothing more"
     ),
     Lesson("03_custom_prep", "What must the prep do, then?", 2, 30, 20, "nothing more"),
-    Lesson("04_write_and_launch", "How do I train?", 3, 15, 15, "70B: 2 GPUs of 24 GB, 150 GiB host memory"),
+    Lesson("04_write_and_launch", "How do I train?", 3, 15, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
     Lesson(
         "05_save_verify_merge",
         "How do I get my model out?",

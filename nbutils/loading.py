@@ -23,7 +23,6 @@ from nbutils.chat import ready_for_chat
 from nbutils.checkpoint import BadCheckpoint, Checkpoint
 from nbutils.course import RUNS
 from nbutils.download import local_folder
-from nbutils.offload import spare_host_memory
 from nbutils.quantise import nf4_config, progress, quantise_tensor, write_nf4
 
 __all__ = ["empty_model", "linear_weights", "load_nf4", "load_tokenizer", "nf4_config", "quantise_checkpoint"]
@@ -50,7 +49,6 @@ def load_nf4(model_id: str) -> PreTrainedModel:
         BadCheckpoint: a file or a tensor is missing or damaged, or the checkpoint is quantised in another way.
         CannotDownload: the hub does not give the model.
     """
-    spare_host_memory()
     folder = local_folder(model_id)
     config = AutoConfig.from_pretrained(folder)
     checkpoint = Checkpoint(folder)
