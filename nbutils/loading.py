@@ -232,7 +232,8 @@ def _fill_linear(model: nn.Module, name: str, packed: torch.Tensor, parts: dict[
 
 def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    # As `from_pretrained` leaves it: a float asks for gradients until the prep freezes it.
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
 
 
 def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
