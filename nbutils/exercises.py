@@ -9,8 +9,8 @@ import torch
 def check(label: str, yours, expected) -> None:
     """Compare an answer with the expected one, and print both.
 
-    Numbers may differ by half a percent, so that two decimals are enough. Texts are compared without regard to case and surrounding blanks,
-    sequences without regard to their type, sets without regard to order.
+    Numbers may differ by half a percent, so that two decimals are enough. Texts are compared without regard to case and
+    surrounding blanks, sequences without regard to their type, sets without regard to order.
 
     Args:
         label: what was asked, a few words.
