@@ -72,11 +72,7 @@ def train_and_heldout(
     """
     train = load_conversations(source)
     if heldout:
-        try:
-            return train, load_conversations(heldout)
-        except ValueError as problem:
-            if heldout != source or "split" not in str(problem):
-                raise
+        return train, load_conversations(heldout)
     if len(train) < 2:
         raise ValueError(
             f"{source} has one row only, so nothing can be held out. Name a held-out set of its own."

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from nbutils.course import RUNS, go_to_root, quiet
+from nbutils.course import RUNS, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
 from nbutils.memory import GIB, LIBRARIES_CPU, SHAPES, Plan, Setup, Shape, plan, shape_of
 from nbutils.progress import read_progress
@@ -246,7 +246,6 @@ def _make_weights(shape: Shape, target: Path) -> None:
     import torch
     from transformers import LlamaConfig
 
-    quiet()  # a process of its own has filters of its own
     from nbutils.loading import empty_model, linear_weights
     from nbutils.quantise import write_nf4
     from nbutils.tiny import read_prose, train_tokenizer
