@@ -1,6 +1,7 @@
 """The loader against plain transformers, bit by bit; its memory; and checkpoints that must be refused by name."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,9 @@ def test_nothing_to_download_is_said_in_a_sentence(monkeypatch):
         local_folder("no-such/model")
 
 
+# What is asked for is memory in use. Without these, malloc keeps freed blocks of up to 32 MB, in one pool a thread, and
+# the figure moves by tens of MB from run to run.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 MEMORY = """
 import sys, re
 from pathlib import Path
@@ -225,10 +229,10 @@ def test_memory_stays_below_the_quantised_model_and_a_few_tensors(base, tmp_path
     in_bf16 = sum(t.numel() * 2 for t in tensors.values())
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(folder), str(tmp_path / "out"), str(base)],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK,
     )  # fmt: skip
     loading_took, quantising_took = map(int, run.stdout.split()[-2:])
     print(f"bf16 {in_bf16:,}, loading took {loading_took:,}, quantising {quantising_took:,}")
-    room = 100e6  # for the pieces a CPU works on, and for what malloc keeps
+    room = 40e6  # for the pieces a CPU works on
     assert loading_took < in_bf16 * (1 / 4 + 1 / 128) + room < 0.8 * in_bf16
-    assert quantising_took < 0.9 * in_bf16  # it begins with what loading has left behind
+    assert quantising_took < 0.6 * in_bf16  # it begins with what loading has left behind
