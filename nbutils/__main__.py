@@ -1,6 +1,8 @@
 """The command line: `python -m nbutils --help`."""
 
 import argparse
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -36,6 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
         help="for each cell; otherwise an hour, or the parameter time_limit and ten minutes, whichever is more",
     )
 
+    start = commands.add_parser(
+        "launch",
+        help="accelerate launch, with bad configs refused and the first failing rank's error at the end",
+    )
+    start.add_argument("--config_file", type=Path, help="for accelerate; left out: what fits this machine")
+    start.add_argument("--num_processes", type=int, help="ranks; left out: what the config says")
+    start.add_argument("--log", type=Path, default=Path("runs/launch.log"), help="output of all ranks")
+    start.add_argument(
+        "--timeout", type=float, default=math.inf, help="seconds after which all ranks are ended"
+    )
+    start.add_argument("script", type=Path)
+    start.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+
     script = commands.add_parser("script", help="write the training script of notebook 04 into a folder")
     script.add_argument("folder", type=Path)
 
@@ -67,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
         return _run(options)
+    if options.command == "launch":
+        return _launch(options)
     if options.command == "refresh":
         return _refresh(options)
     if options.command == "doctor":
@@ -113,6 +130,45 @@ def _run(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from nbutils.config_faults import BadConfig
+    from nbutils.launch import LaunchFailed, choose_config, launch
+
+    try:
+        launch(
+            options.script,
+            options.arguments,
+            options.config_file or choose_config(),
+            log=options.log,
+            num_processes=options.num_processes,
+            output_dir=_output_dir(options.arguments),
+            timeout=options.timeout,
+        )
+    except (BadConfig, LaunchFailed, FileNotFoundError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted; every rank was ended. Go on from the newest checkpoint with --resume true.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _output_dir(arguments: list[str]) -> str | None:
+    """Where the script will write its progress: the last word that says so, as the script itself reads it."""
+    import yaml
+
+    named = dict(itertools.pairwise(arguments))
+    if "--output_dir" in named:
+        return named["--output_dir"]
+    try:
+        return yaml.safe_load(Path(named["--config"]).read_text())["output_dir"]
+    except (KeyError, OSError, TypeError, ValueError, yaml.YAMLError):
+        return None  # the script itself will say what is wrong
 
 
 def _refresh(options: argparse.Namespace) -> int:
