@@ -154,3 +154,7 @@ def _refuse_what_the_plugin_refuses(file) -> None:
             f"{file}: accelerate cannot make an FSDP plugin of it ({type(problem).__name__}: {problem}). Look for this "
             "value below fsdp_config, and compare with the files in configs/accelerate/."
         ) from None
+    except (
+        ConnectionError
+    ) as problem:  # several machines agree on a port; accelerate tries the one of machine 0
+        raise BadConfig(f"{file}: {problem}") from None

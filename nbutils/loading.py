@@ -57,7 +57,7 @@ def load_nf4(model_id: str) -> PreTrainedModel:
             return _load_bf16(checkpoint, config)
         folder = _quantised_copy(checkpoint)
         config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
-    _refuse_other_quantisations(config.quantization_config, folder)
+    refuse_other_quantisations(config.quantization_config, folder)
     return _load_quantised(checkpoint, config)
 
 
@@ -190,7 +190,16 @@ def _stored_as_bf16(packed: torch.Tensor) -> torch.Tensor:
     return packed.contiguous().view(-1).view(torch.bfloat16).view(-1, 1)
 
 
-def _refuse_other_quantisations(found, folder: Path) -> None:
+def refuse_other_quantisations(found, folder: Path) -> None:
+    """Refuse a checkpoint that is quantised, and not as NF4 of bitsandbytes; the storage dtype may be any.
+
+    Args:
+        found: `quantization_config` of the model's config.
+        folder: of the checkpoint.
+
+    Raises:
+        BadCheckpoint: with how it is quantised.
+    """
     settings = found if isinstance(found, dict) else found.to_dict()
     kind = (
         settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
