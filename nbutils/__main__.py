@@ -1,7 +1,6 @@
 """The command line: `python -m nbutils --help`."""
 
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -135,6 +134,7 @@ def _run(options: argparse.Namespace) -> int:
 def _launch(options: argparse.Namespace) -> int:
     from nbutils.config_faults import BadConfig
     from nbutils.launch import LaunchFailed, choose_config, launch
+    from nbutils.out_of_memory import settings_of
 
     try:
         launch(
@@ -143,7 +143,7 @@ def _launch(options: argparse.Namespace) -> int:
             options.config_file or choose_config(),
             log=options.log,
             num_processes=options.num_processes,
-            output_dir=_output_dir(options.arguments),
+            output_dir=settings_of(options.arguments).get("output_dir"),
             timeout=options.timeout,
         )
     except (BadConfig, LaunchFailed, FileNotFoundError) as error:
@@ -156,19 +156,6 @@ def _launch(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
-
-
-def _output_dir(arguments: list[str]) -> str | None:
-    """Where the script will write its progress: the last word that says so, as the script itself reads it."""
-    import yaml
-
-    named = dict(itertools.pairwise(arguments))
-    if "--output_dir" in named:
-        return named["--output_dir"]
-    try:
-        return yaml.safe_load(Path(named["--config"]).read_text())["output_dir"]
-    except (KeyError, OSError, TypeError, ValueError, yaml.YAMLError):
-        return None  # the script itself will say what is wrong
 
 
 def _refresh(options: argparse.Namespace) -> int:

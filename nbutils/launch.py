@@ -24,6 +24,7 @@ import psutil
 from nbutils.config_faults import refuse_bad_config
 from nbutils.course import ROOT
 from nbutils.follow import read_progress
+from nbutils.out_of_memory import advice
 
 POLL = 0.25  # seconds between two looks at the run
 GRACE = 3.0  # seconds a rank has to end by itself before it is killed
@@ -187,7 +188,10 @@ def launch(
     seconds = time.monotonic() - started
     display.close(progress, seconds, ok=launcher.returncode == 0)
     if launcher.returncode != 0:
-        raise first_failure(log, rank_logs, launcher.returncode)
+        failure = first_failure(log, rank_logs, launcher.returncode)
+        if "OutOfMemoryError" in failure.error and (told := advice(args, config, num_processes)):
+            failure.args = (f"{told}\n{failure}",)
+        raise failure
     return LaunchResult(copyable(command), log, seconds, progress)
 
 

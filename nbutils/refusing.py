@@ -89,7 +89,7 @@ def refuse_rows(train: Dataset, tokenizer: PreTrainedTokenizerBase, training: SF
     if full and rank() == 0:
         print(
             f"{full} of {len(train)} rows keep no token of their answer within max_length {training.max_length} "
-            f"({first}). They teach nothing; raise max_length, or leave them out.",
+            f"({first}). They are left out; raise max_length to learn from them.",
             flush=True,
         )
 

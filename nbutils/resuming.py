@@ -27,6 +27,7 @@ from nbutils.checkpoints import (
     save_pieces,
     write_checkpoint,
 )
+from nbutils.nan_guard import stop_at_no_number
 from nbutils.saving import config_for_file
 from nbutils.shards import SaveError, peft_model, rank
 
@@ -44,6 +45,11 @@ class ResumableTrainer(SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_what_checkpoints_do_not_serve(self.args)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        stop_at_no_number(loss, self.state.global_step + 1, self.args.learning_rate)
+        return loss
 
     def checkpoint_to_resume(self, resume: bool) -> str | None:
         """Choose what `train(resume_from_checkpoint=...)` begins with. Every rank must call it.

@@ -126,7 +126,10 @@ def test_a_file_that_is_no_config(tmp_path):
         refuse_bad_config(ROOT / "configs/accelerate/config_fdsp.yaml")
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda file: file.name)
+OURS = [*ROOT.glob("configs/accelerate/*.yaml"), *ROOT.glob("configs/machines/*.yaml")]
+
+
+@pytest.mark.parametrize("file", sorted(OURS), ids=lambda file: file.name)
 def test_every_config_of_ours_is_accepted(file):
     refuse_bad_config(file)
 

@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import yaml
 from jupyter_client import KernelManager
 
 from nbutils.course import ROOT
@@ -141,6 +142,31 @@ def test_a_script_that_records_nothing_and_exits_with_a_sentence(tmp_path):
     )
     with pytest.raises(LaunchFailed, match=r"Rank 1 failed first:\n.*max_length is 0"):
         run(path, tmp_path)
+
+
+def test_out_of_gpu_memory_comes_with_the_plan(tmp_path):
+    """The error is torch's own class; no card is needed to raise it."""
+    path = script(
+        tmp_path,
+        """
+        import torch
+
+        @record
+        def main():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.96 GiB.")
+
+        main()
+        """,
+    )
+    settings = {"model": "llama31_70b", "per_device_train_batch_size": 4, "max_length": 2048, "lora_r": 16}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(LaunchFailed) as failed:
+        run(path, tmp_path, ["--config", str(tmp_path / "train.yaml")])
+    first, *_, last = str(failed.value).splitlines()
+    assert re.match(
+        r"The plan for these settings: [\d.]+ GiB a rank .* Change first: one row a rank instead of 4", first
+    )
+    assert last == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.96 GiB."
 
 
 def test_a_rank_that_is_killed_from_outside_is_said_to_be(tmp_path):
