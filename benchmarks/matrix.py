@@ -74,18 +74,21 @@ CASES = {
         "70b_fsdp1_offload_cap_b1_l4096": Case(80, FSDP1, 1, 4096, **CARD),
         "70b_fsdp1_offload_cap_b4_l2048": Case(80, FSDP1, 4, 2048, **CARD),
     },
-    # What each change buys, few layers.
-    "try": {
-        "try_fsdp2_fast_b2_l2048": Case(8, FSDP2, 2, 2048, settings=FAST, **SMALL),
-        "try_fsdp2_offload_fast_b1_l32768": Case(
+    # Settings beyond the recipe of 2024, few layers.
+    "fit_fast": {
+        "fit_fsdp2_b2_l2048": Case(8, FSDP2, 2, 2048, **SMALL),
+        "fit_fsdp2_fast_b2_l2048": Case(8, FSDP2, 2, 2048, settings=FAST, **SMALL),
+        "fit_fsdp2_fast_offload_b1_l32768": Case(
             8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, seconds=80
         ),
-        "try_fsdp2_fast_b1_l2048_keep": Case(8, FSDP2, 1, 2048, settings=(*FAST, KEEP_ALL), **SMALL),
+        "fit_fsdp2_fast_keep_b1_l2048": Case(8, FSDP2, 1, 2048, settings=(*FAST, KEEP_ALL), **SMALL),
     },
     # The best of each goal.
     "goals": {
-        "70b_resident_cap_b1_l2048": Case(80, FSDP2, 1, 2048, (), (*FAST, TO_HOST), 22.5, seconds=110),
-        "70b_big_cards_b1_l2048": Case(80, FSDP2, 1, 2048, (), (*FAST, KEEP_ALL), seconds=110),
+        "70b_resident_cap_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, TO_HOST), 22.5, seconds=110),
+        "70b_fast_cap_b4_l2048": Case(80, FSDP2, 4, 2048, OFFLOAD, FAST, 22.5, seconds=150),
+        "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), seconds=100),
+        "70b_resident_cap_b1_l1024": Case(80, FSDP2, 1, 1024, (), (*FAST, TO_HOST), 22.5, seconds=90),
         "70b_long_cap_b1_l32768": Case(80, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, seconds=260),
     },
 }
