@@ -27,7 +27,7 @@ PROMPT = "How do I water a plant that looks dry?"
 
 def spread(model: str, adapter: str, cap_gib: float | None) -> PeftModel:
     """The base over all GPUs, and the adapter on top of it."""
-    room = {n: f"{cap_gib - 2:.1f}GiB" for n in range(torch.cuda.device_count())} if cap_gib else None
+    room = dict.fromkeys(range(torch.cuda.device_count()), f"{cap_gib - 2:.1f}GiB") if cap_gib else None
     base = AutoModelForCausalLM.from_pretrained(
         model, device_map="auto", max_memory=room, dtype=torch.bfloat16
     )
