@@ -2,7 +2,7 @@
 
 Run as: python benchmarks/use_adapter.py --model NF4_FOLDER --adapter FOLDER --cap-gib 22.5 --commit SHA --out FILE
 
-Plain transformers and PEFT do the work, as a user would: `device_map="auto"` puts half of the layers on each card.
+Plain transformers and PEFT do the work, as a user would: a `device_map` puts half of the layers on each card.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nbutils.course import go_to_root
 from nbutils.dryrun import machine
@@ -25,12 +25,22 @@ GIB = 2**30
 PROMPT = "How do I water a plant that looks dry?"
 
 
-def spread(model: str, adapter: str, cap_gib: float | None) -> PeftModel:
-    """The base over all GPUs, and the adapter on top of it."""
-    room = dict.fromkeys(range(torch.cuda.device_count()), f"{cap_gib - 2:.1f}GiB") if cap_gib else None
-    base = AutoModelForCausalLM.from_pretrained(
-        model, device_map="auto", max_memory=room, dtype=torch.bfloat16
+def halves(layers: int, gpus: int) -> dict[str, int | str]:
+    """Where each module goes: the same number of layers on each card, the head on the last."""
+    if not gpus:
+        return {"": "cpu"}
+    first, last = (
+        {"model.embed_tokens": 0, "model.rotary_emb": 0},
+        {"model.norm": gpus - 1, "lm_head": gpus - 1},
     )
+    return first | {f"model.layers.{n}": n * gpus // layers for n in range(layers)} | last
+
+
+def spread(model: str, adapter: str) -> PeftModel:
+    """The base over all GPUs, and the adapter on top of it."""
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    where = halves(layers, torch.cuda.device_count())
+    base = AutoModelForCausalLM.from_pretrained(model, device_map=where, dtype=torch.bfloat16)
     return PeftModel.from_pretrained(base, adapter).eval()
 
 
@@ -58,7 +68,7 @@ def main() -> None:
     for gpu in gpus if options.cap_gib else ():
         set_cap(options.cap_gib, gpu)
     began = time.monotonic()
-    model = spread(options.model, options.adapter, options.cap_gib)
+    model = spread(options.model, options.adapter)
     load_seconds = time.monotonic() - began
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     timed_answer(model, tokenizer, 4)  # the first call pays for compiling and loading kernels

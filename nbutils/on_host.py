@@ -53,13 +53,12 @@ class HeadOnHost(nn.Module):
     def fetch(self, decoder: nn.Module, inputs: tuple, output) -> None:
         """A forward hook of the decoder: the head is needed next."""
         hidden = output.last_hidden_state
-        self.on_device = None  # the copy of an evaluation, before the next one is made
         self.on_device = self.on_host.to(hidden.device, non_blocking=True)
         if hidden.requires_grad:
             hidden.register_hook(self.drop)
 
-    def drop(self, gradient: torch.Tensor) -> None:
-        """The gradient has passed the head."""
+    def drop(self, *_) -> None:
+        """The gradient has passed the head; or, after an evaluation, the next forward pass begins."""
         self.on_device = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -95,5 +94,6 @@ def keep_embeddings_on_host(model: PreTrainedModel) -> PreTrainedModel:
     on_host = HeadOnHost(head.weight.detach())
     model.set_input_embeddings(EmbeddingOnHost(embedding.weight.detach()))
     model.set_output_embeddings(on_host)
+    model.get_decoder().register_forward_pre_hook(on_host.drop)
     model.get_decoder().register_forward_hook(on_host.fetch)
     return model
