@@ -41,6 +41,7 @@ class Case:
     settings: tuple[str, ...] = ()  # of the script
     cap: float | None = None  # GiB
     lora_r: int = 16
+    ranks: int | None = None  # None: as the config says
     seconds: float = 150  # that it may take
 
 
@@ -82,6 +83,15 @@ CASES = {
             8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, seconds=80
         ),
         "fit_fsdp2_fast_keep_b1_l2048": Case(8, FSDP2, 1, 2048, settings=(*FAST, KEEP_ALL), **SMALL),
+    },
+    # The same on one GPU: what is in memory does not depend on how many share the shards.
+    "fit_one_gpu": {
+        "fit_one_gpu_fast_b2_l2048": Case(8, FSDP2, 2, 2048, (), FAST, ranks=1, **SMALL),
+        "fit_one_gpu_fast_offload_b1_l32768": Case(
+            8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, ranks=1, seconds=80
+        ),
+        "fit_one_gpu_fast_keep_b2_l2048": Case(8, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), ranks=1, **SMALL),
+        "fit_one_gpu_b2_l2048": Case(8, FSDP2, 2, 2048, ranks=1, **SMALL),
     },
     # The best of each goal.
     "goals": {
@@ -136,6 +146,7 @@ def main() -> int:
             steps=options.steps,
             lora_r=case.lora_r,
             cap_gib=case.cap,
+            world_size=case.ranks,
             extra=case.settings,
             folder=options.folder,
             run_dir=run_dir,
