@@ -223,7 +223,7 @@ def plan(
 ) -> Plan:
     """Predict the memory of a training run with the recipe's script.
 
-    What is alive at which moment was read from traces of the allocator in the four recorded runs of 8 layers
+    What is alive at which moment was read from traces of the allocator in the recorded runs of 8 layers
     (`benchmarks/results/fit_*.json`); sizes come from the model's shape. Every other recorded run is a test of the
     plan and was not used to make it.
 
@@ -261,7 +261,8 @@ class _Sizes:
     embedding: int  # one of embedding and output head
     root: int  # what FSDP 1 leaves to the root unit: embedding, output head, last norm
     ranks: int
-    checkpoints: int  # inputs of the checkpointed layers; of one layer if they wait in host memory
+    checkpoints: int  # inputs of the checkpointed layers that are on the GPU
+    one_checkpoint: int
     kept: int  # what layers without a checkpoint keep
     offloaded: int  # inputs that wait in host memory
     final_norm: int  # its input in fp32 and its output, kept for the backward pass of the loss
@@ -275,6 +276,7 @@ class _Sizes:
     def of(cls, shape: Shape, setup: Setup, tokens: int, lora_r: int, choices: Choices) -> "_Sizes":
         embedding = BF16 * shape.vocab * shape.hidden
         saved = saved_bytes_per_token(shape, choices.compile_layers)
+        kept = saved + BF16 * shape.hidden  # with the layer's input, which elsewhere counts as a checkpoint
         largest = BF16 * max(out * into for out, into in shape.linears.values())
         checkpointed = -(-shape.layers // choices.every_n_layers) if choices.checkpointing else 0
         layer_input = tokens * shape.hidden * BF16
@@ -289,12 +291,15 @@ class _Sizes:
             root=(0 if choices.embeddings_on_host else (1 if shape.tied else 2) * embedding)
             + BF16 * shape.hidden,
             ranks=setup.world_size,
-            checkpoints=layer_input if waiting else checkpointed * layer_input,
-            kept=(shape.layers - checkpointed) * tokens * saved,
+            # Of inputs that wait in host memory, two are on the GPU: this layer's and the next one's.
+            # And the embedding's output, which is the first of them, never leaves.
+            checkpoints=min(3, checkpointed) * layer_input if waiting else checkpointed * layer_input,
+            one_checkpoint=layer_input if checkpointed else 0,
+            kept=(shape.layers - checkpointed) * tokens * kept,
             offloaded=checkpointed * layer_input if waiting else 0,
             final_norm=tokens * shape.hidden * (FP32 + BF16),
             computed_again=tokens * saved if checkpointed else 0,
-            unpacked=2 * largest if choices.compile_layers else largest,
+            unpacked=0 if choices.compile_layers else largest,  # compiled, it comes when most else is gone
             passing=tokens * passing_bytes_per_token(shape, choices.compile_layers),
             tied=shape.tied,
             on_host=choices.embeddings_on_host,
@@ -318,11 +323,15 @@ class _Sizes:
             "optimizer states": 2 * share,  # AdamW: two moments, in the adapter's dtype
         }
 
-    def one_layer_backward(self) -> dict[str, int]:
-        """The backward pass of a checkpointed layer, at its down projection: everything computed again is alive."""
+    def one_layer_backward(self, first: bool = False) -> dict[str, int]:
+        """The backward pass of a checkpointed layer: everything computed again is alive.
+
+        Args:
+            first: the model's first layer, whose turn comes last: the other checkpoints are gone by then.
+        """
         return {
-            "checkpointed layer inputs": self.checkpoints,
-            "layers that keep everything": self.kept,
+            "checkpointed layer inputs": self.one_checkpoint if first else self.checkpoints,
+            "layers that keep everything": 0 if first else self.kept,
             "one layer computed again": self.computed_again,
             "its gradients": self.passing,
             "weights in bf16": self.unpacked,  # bitsandbytes multiplies by the unpacked weight
@@ -375,8 +384,7 @@ def _fsdp1(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
 def _fsdp2(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
     resident = sizes.resident(setup.offload)
     layer = sizes.layer + sizes.adapter_layer
-    # Accelerate makes units of the embedding, and of the last norm with the output head; the head stays gathered.
-    head = {} if sizes.on_host else {"head": sizes.embedding}
+    # Accelerate makes units of the embedding, and of the last norm with the output head.
     wrapping = {
         "quantisation state": sizes.scales,
         "embedding and head": sizes.root,
@@ -389,24 +397,27 @@ def _fsdp2(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
         wrapping["adapter"] = sizes.adapter // sizes.ranks
     elif sizes.on_host:
         wrapping["shard on its way to the host"] = sizes.unit_tensors[-1] // sizes.ranks
-    kept = sizes.layers if not setup.reshard else 1
-    backward = (
-        resident
-        | head
-        | {
-            "gathered layers": kept * layer,
-            # the buffer of the all-gather, and the shard copied together for it
-            "next layer on its way": (layer + layer // sizes.ranks) if setup.reshard else 0,
-        }
-    )
-    moments = {"wrapping": wrapping, "backward of a layer": backward | sizes.one_layer_backward()}
+    layers = {"gathered layers": (sizes.layers if not setup.reshard else 1) * layer}
+    # The next unit is gathered ahead, if there is anything to gather; from host memory its shard comes first.
+    on_its_way = layer + (layer // sizes.ranks if setup.offload else 0)
+    ahead = {"next layer on its way": on_its_way if setup.reshard and sizes.ranks > 1 else 0}
+    moments = {
+        "wrapping": wrapping,
+        "backward of a layer": resident | layers | ahead | sizes.one_layer_backward(),
+    }
     if sizes.on_host:
-        moments["loss"] = resident | {"next layer on its way": layer} | sizes.loss()
-    else:
-        # Evaluation leaves the head gathered; the embedding's buffer is freed only after the first layer has come.
-        moments["evaluation"] = (
-            resident | head | {"embedding": sizes.embedding, "next layer on its way": layer}
-        )
+        moments["loss"] = resident | ahead | sizes.loss()
+        return moments
+    # After the first layer the embedding is next, although nothing in it is trained.
+    embedding = {"embedding on its way": sizes.embedding}
+    moments["backward of the first layer"] = (
+        resident | layers | embedding | sizes.one_layer_backward(first=True)
+    )
+    # An evaluation leaves the head gathered, and the embedding's buffer is freed only after the first layer has come.
+    left = resident | {"head": sizes.embedding, "embedding": sizes.embedding}
+    untrained = dict.fromkeys(("gradients", "optimizer states"), 0)
+    moments["first step after an evaluation"] = left | untrained
+    moments["evaluation"] = left | {"next layer on its way": layer}
     return moments
 
 
@@ -454,22 +465,27 @@ def saved_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
     gate, activated gate, up, and their product (the input of the last `lora_A`). Frozen weights ask for no input to be
     kept.
 
-    Compiled, the norms keep bf16 only. Fitted to two recorded runs of 8 layers, one with checkpoints and one without.
+    Compiled, there is one tensor of the hidden width for each norm and for the attention's output and queries, and the
+    MLP keeps gate, up and product.
     """
-    norms = 2 * ((BF16 if compiled else FP32) + BF16) * shape.hidden
-    attention = BF16 * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    keys = BF16 * shape.head_dim * 2 * shape.kv_heads
+    queries = BF16 * shape.head_dim * 2 * shape.heads
+    if compiled:
+        return 3 * BF16 * shape.intermediate + 3 * BF16 * shape.hidden + queries + keys
+    norms = 2 * (FP32 + BF16) * shape.hidden
     mlp = 4 * BF16 * shape.intermediate
-    return norms + attention + mlp
+    return norms + queries + keys + mlp
 
 
 def passing_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
     """Gradients that are alive at once in the backward pass of a layer, in bytes a token.
 
-    Eager: the gradient that came in and that of the down projection's input. Compiled, the MLP is one graph, and four
-    tensors of its width are alive (fitted, as above).
+    Eager: the gradient that came in and that of the down projection's input. Compiled, the peak is a moment later, in
+    the graph that holds gate and up: four tensors of the MLP's width more than what the layer kept, and the gradient
+    that came in.
     """
     if compiled:
-        return 4 * BF16 * shape.intermediate
+        return BF16 * (shape.hidden + 4 * shape.intermediate)
     return BF16 * (shape.hidden + shape.intermediate)
 
 
