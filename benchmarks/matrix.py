@@ -100,7 +100,14 @@ CASES = {
         "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), seconds=100),
         "70b_resident_cap_b1_l1024": Case(80, FSDP2, 1, 1024, (), (*FAST, TO_HOST), 22.5, seconds=90),
         "70b_long_cap_b1_l32768": Case(
-            80, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST, "eval_on_start=false"), 22.5, seconds=190
+            80,
+            FSDP2,
+            1,
+            32768,
+            OFFLOAD,
+            (*FAST, TO_HOST, "eval_on_start=false", 'eval_strategy="no"'),
+            22.5,
+            seconds=190,
         ),
     },
 }
