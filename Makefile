@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: tutorial test lint notebooks matrix lab clean help
+.PHONY: tutorial test lint notebooks site workshop matrix lab clean help
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
@@ -13,6 +13,8 @@ help:
 	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
 	@echo "make lint       ruff over package, tests, notebooks and the extracted script"
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
+	@echo "make site       the whole series as HTML in site/, to be read without a network"
+	@echo "make workshop   student edition, solutions and an archive to hand out, in workshop/"
 	@echo "make clean      remove what runs leave behind (keeps .venv)"
 
 $(STAMP): requirements.lock pyproject.toml
@@ -43,6 +45,12 @@ lint: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m nbutils refresh
+
+site: $(STAMP)
+	$(BIN)/python -m nbutils site
+
+workshop: $(STAMP)
+	$(BIN)/python -m nbutils workshop
 
 clean:
 	rm -rf runs site workshop .pytest_cache .ruff_cache
