@@ -207,6 +207,7 @@ def run_through(path: Path, tree: Path) -> nbformat.NotebookNode:
     given = {name: value for name, value in SHORT.items() if name in read_contract(path)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), given)
     options = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": True}
+    options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # its warnings concern servers
     client = NotebookClient(notebook, resources={"metadata": {"path": str(tree)}}, **options)
     client.execute(env={**os.environ, "PYTHONPATH": str(tree.resolve())})
     nbformat.write(notebook, tree / "runs" / path.name)  # kept, for whoever wants to know why

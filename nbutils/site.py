@@ -17,6 +17,7 @@ from nbutils.runner import NOTEBOOKS
 
 HIGHLIGHTING = "xcode"  # of Pygments' styles the one whose colours all reach a contrast of 4.5 to 1
 WIDE = 80  # characters; a wider output scrolls sideways, so it must be reachable by keyboard
+NO_ALT = "No description has been provided for this image"  # what nbconvert fills in
 PAGE = Template("""\
 <!DOCTYPE html>
 <html lang="en">
@@ -87,12 +88,13 @@ def build(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
     bodies["workshop"] = markdown2html((ROOT / "docs" / "workshop.md").read_text(encoding="utf-8"))
     names = ["index", *bodies]
     soups = {name: _dressed(body, name, names) for name, body in bodies.items()}
-    soups["index"] = BeautifulSoup(_contents(soups), "html.parser")
+    titles = {name: soup.h1.get_text() for name, soup in soups.items()}
+    soups["index"] = _dressed(markdown2html(_contents(titles)), "index", names)
+    titles["index"] = soups["index"].h1.get_text()
 
     out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("[0-9][0-9]_*.html"), out / "workshop.html"]:
         old.unlink(missing_ok=True)
-    titles = {name: soup.h1.get_text() for name, soup in soups.items()}
     for place, name in enumerate(names):
         links = _links(names, place, titles)
         page = PAGE.substitute(title=escape(titles[name]), links=links, body=str(soups[name]))
@@ -111,6 +113,10 @@ def _notebook_body(path: Path) -> str:
 def _dressed(body: str, name: str, names: list[str]) -> BeautifulSoup:
     """The body with ids for its headings, a list of them, links between pages, and outputs a keyboard can reach."""
     soup = BeautifulSoup(body, "html.parser")
+    for mark in soup.select(
+        "a.anchor-link"
+    ):  # the sign behind a heading, which a screen reader would read out
+        mark.decompose()
     for cell in soup.select("div.cell"):
         cell["id"] = cell["id"].replace("=", "-")
     taken = {"content"}
@@ -127,7 +133,7 @@ def _dressed(body: str, name: str, names: list[str]) -> BeautifulSoup:
                 raise BrokenPage(f"{name} links to {link['href']}, and there is no such notebook.")
             link["href"] = f"{target}.html{anchor}"
     for image in soup.select("img"):
-        if not image.get("alt", "").strip():
+        if image.get("alt", "").strip() in ("", NO_ALT):
             raise BrokenPage(f"{name} has an image without alt text; show figures with nbutils.plots.show.")
     for number, text in enumerate(soup.select(".output pre"), 1):
         if max(map(len, text.get_text().splitlines()), default=0) > WIDE:
@@ -135,38 +141,37 @@ def _dressed(body: str, name: str, names: list[str]) -> BeautifulSoup:
     for number, table in enumerate(soup.select("table"), 1):
         region = {"class": "sideways", "tabindex": "0", "role": "region", "aria-label": f"Table {number}"}
         table.wrap(soup.new_tag("div", attrs=region))
-    sections = "".join(
-        f'<li><a href="#{heading["id"]}">{escape(heading.get_text())}</a></li>'
-        for heading in soup.select("h2")
-    )
-    # Behind the first cell of a notebook: title, answer, what will be learned.
-    first = soup.select_one("div.cell") or soup.h1
-    first.insert_after(
-        BeautifulSoup(f'<nav class="page" aria-label="On this page"><ul>{sections}</ul></nav>', "html.parser")
-    )
+    headings = soup.select("h2")
+    if len(headings) > 1:
+        items = "".join(f'<li><a href="#{h["id"]}">{escape(h.get_text())}</a></li>' for h in headings)
+        nav = f'<nav class="page" aria-label="On this page"><ul>{items}</ul></nav>'
+        # Behind the first cell of a notebook: title, answer, what will be learned.
+        first = soup.select_one("div.cell") or soup.h1
+        first.insert_after(BeautifulSoup(nav, "html.parser"))
     return soup
 
 
-def _contents(soups: dict[str, BeautifulSoup]) -> str:
-    """The contents page: how the README begins, and the notebooks that are there."""
+def _contents(titles: dict[str, str]) -> str:
+    """The contents page, in Markdown: how the README begins, and the notebooks that are there."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    opening, lessons = readme[: readme.index("\n| ")], {lesson.name: lesson for lesson in LESSONS}
+    lessons = {lesson.name: lesson for lesson in LESSONS}
     rows = [
-        f'<tr><th scope="row"><a href="{name}.html">{escape(soups[name].h1.get_text())}</a></th>'
-        f"<td>{escape(lessons[name].question)}</td><td>{lessons[name].reading}</td>"
-        f"<td>{lessons[name].exercises}</td></tr>"
-        for name in soups
+        f"| [{titles[name]}]({name}.ipynb) | {lessons[name].question} | {lessons[name].reading} "
+        f"| {lessons[name].exercises} |"
+        for name in titles
         if name in lessons
     ]
-    head = "".join(
-        f'<th scope="col">{text}</th>'
-        for text in ("Notebook", "The question it answers", "Minutes to read", "Exercises")
-    )
-    return (
-        f"{markdown2html(opening)}<h2>Contents</h2><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}"
-        '</tbody></table><p>For a class: <a href="workshop.html">a half-day workshop</a>.</p>'
-        "<p>Outputs are those of a run with the tiny model on two CPU cores. To run the notebooks yourself, type "
-        "<code>make tutorial</code> and <code>make lab</code> in a clone of the repository.</p>"
+    return "\n".join(
+        [
+            readme[: readme.index("\n| ")],
+            "## Contents\n",
+            "| notebook | the question it answers | minutes to read | exercises |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "\nFor a class: [a half-day workshop](workshop.ipynb).",
+            "\nOutputs are those of a run with the tiny model on two CPU cores. To run the notebooks yourself, type "
+            "`make tutorial` and `make lab` in a clone of the repository.",
+        ]
     )
 
 

@@ -86,7 +86,10 @@ BAD = {
     ),
     "missing model folder": ("model: ./models/llama", "model: there is no file or folder ./models/llama."),
     "outside its limits": ("fsdp_version: 3", "fsdp_version: found 3, and it must be 1 or 2."),
-    "outside its choices": ("report_to: wandb", "report_to: found 'wandb', and it must be none or tensorboard."),
+    "outside its choices": (
+        "report_to: wandb",
+        "report_to: found 'wandb', and it must be none or tensorboard.",
+    ),
     "no steps": ("max_steps: 0", "max_steps: found 0, and it must be at least 1, or -1 for whole epochs."),
     "name given twice": ("max_steps: 3\nmax_steps: 4", "cannot be read as YAML: max_steps is given twice"),
     "no YAML": ("model: [tiny", "cannot be read as YAML: "),
