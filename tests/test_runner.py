@@ -91,6 +91,11 @@ BAD = {
         "report_to: found 'wandb', and it must be none or tensorboard.",
     ),
     "no steps": ("max_steps: 0", "max_steps: found 0, and it must be at least 1, or -1 for whole epochs."),
+    "no number": ("learning_rate: .nan", "learning_rate: found nan, and it must lie between 0 and 1."),
+    "filled in by the runner": (
+        "run_dir: runs/mine",
+        "run_dir: found it given, and the runner fills it in itself.",
+    ),
     "name given twice": ("max_steps: 3\nmax_steps: 4", "cannot be read as YAML: max_steps is given twice"),
     "no YAML": ("model: [tiny", "cannot be read as YAML: "),
     "no mapping": ("- max_steps", "must hold lines `name: value`; found list."),
@@ -101,6 +106,18 @@ BAD = {
 def test_bad_parameters_are_refused_before_anything_runs(series, tmp_path, capsys, text, sentence):
     assert series("--params", params(tmp_path, text)) == 2
     assert sentence in capsys.readouterr().err
+    assert not series.run_dir.exists()
+
+
+def test_bad_parameters_on_the_command_line_are_refused_alike(series, capsys):
+    for words in (
+        ("max_step", "3"),
+        ("max_steps", "many"),
+        ("learning_rate", "1e400"),
+        ("model", "./nowhere"),
+    ):
+        assert series("-p", *words) == 2
+        assert capsys.readouterr().err.strip().startswith(f"{words[0]}: ")
     assert not series.run_dir.exists()
 
 
