@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from nbutils.launch import LaunchFailed, choose_config, launch
@@ -78,7 +79,7 @@ def first(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("fsdp2"), fsdp_version=2)
+    return train(tmp_path_factory.mktemp("fsdp2"), fsdp_version=2, report_to="tensorboard")
 
 
 @pytest.mark.parametrize(("run", "version"), [("first", 1), ("second", 2)])
@@ -101,6 +102,14 @@ def test_it_learns_and_saves_a_whole_adapter(run, request):
     assert facts["training"]["held_out_loss_after"] < facts["training"]["held_out_loss_before"]
     assert facts["adapter"]["verified"]
     assert_whole(output / "adapter")
+
+
+def test_tensorboard_has_the_losses_where_it_was_asked_for_and_nowhere_else(first, second):
+    (events,) = (second / "runs").rglob("events.out.tfevents.*")  # one rank writes
+    board = EventAccumulator(str(events.parent)).Reload()
+    assert [scalar.value for scalar in board.Scalars("train/loss")] == pytest.approx(losses(second), abs=1e-3)
+    assert len(board.Scalars("eval/loss")) == len(losses(second, "eval_loss"))
+    assert not list(first.rglob("events.out.tfevents.*"))
 
 
 def test_both_versions_give_the_same_losses(first, second):
