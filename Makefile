@@ -29,7 +29,11 @@ PARAMS ?= configs/params/tiny.yaml
 tutorial: $(STAMP)
 	$(BIN)/python -m nbutils run --params $(PARAMS) $(if $(FSDP_VERSION),-p fsdp_version $(FSDP_VERSION))
 
+# It opens with the table of contents beside the first notebook; how you arrange it later is kept in runs/lab.
+LAB ?= runs/lab
+lab: export JUPYTERLAB_WORKSPACES_DIR = $(abspath $(LAB))
 lab: $(STAMP)
+	@test -d $(LAB) || $(BIN)/jupyter lab workspaces import configs/lab_workspace.json
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 test: $(STAMP)
