@@ -28,6 +28,7 @@ VARYING = [
     re.compile(r"\b\d+:\d\d(?::\d\d)?\b"),  # 1:05
     re.compile(r"[\d.,]+ ?(?:ms|s|min|seconds?|minutes?|it/s|tok/s|MB/s|GB/s)\b"),
     re.compile(r"0x[0-9a-f]+"),
+    re.compile(r"\bRank \d+ (?=failed first)"),  # all ranks meet the same error
     # A hash: another processor rounds otherwise, and PEFT writes its config's sets in any order.
     re.compile(r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{12,64}\b"),
 ]
@@ -106,9 +107,8 @@ def _presentable(output: nbformat.NotebookNode, count: int, run_dir: str) -> nbf
 
 def without_paths(text: str, run_dir: str) -> str:
     """A text without what is private to this machine: the place of the clone, of the packages, of the user."""
-    if (
-        "/site-packages/" in text
-    ):  # asked first: in the 100 kB of an image the search takes seconds and finds nothing
+    # Asked first: in the 100 kB of an image the search itself takes seconds, and finds nothing.
+    if "/site-packages/" in text:
         text = re.sub(r"[^\s'\"=(]*/site-packages/", "", text)
     if "/ipykernel_" in text:
         text = re.sub(r"/[^\s'\"]*/ipykernel_\d+/\d+\.py", "this cell", text)

@@ -101,6 +101,7 @@ def test_outputs_are_written_back_without_what_is_private():
 SAME = {
     "times": ("trained in 12.3 s, 0:14 left", "trained in 9 s, 1:02:14 left"),
     "dates": ("runs/2026-11-22T11-28-36Z/x", "runs/2027-01-02T01-02-03Z/x"),
+    "who was first": ("Rank 0 failed first:", "Rank 1 failed first:"),
     "hashes": ("sha256 99f3df4cd630", "sha256 35a7f54a9896"),
     "rounding": ("loss 5.7312", "loss 5.7319"),
 }
