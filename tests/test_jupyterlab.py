@@ -95,7 +95,9 @@ def test_after_04_every_notebook_runs_again_in_any_order(tmp_path):
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("runs", "site", "workshop", ".git", ".venv*"))
     if (ROOT / "runs/cache").is_dir():
         shutil.copytree(ROOT / "runs/cache", tree / "runs/cache")
-    trained, *others = sorted((tree / "notebooks").glob("*.ipynb"), key=lambda path: path.name[:2] != "04")
+    trained, *others = sorted(
+        (tree / "notebooks").glob("*.ipynb"), key=lambda path: (path.name[:2] != "04", path.name)
+    )
     for path in [trained, *reversed(others)]:
         assert editions.failing_cells(editions.run_through(path, tree)) == {}, path.name
     (last,) = (tree / "notebooks").glob("05_*.ipynb")  # once more, behind those that made newer run folders

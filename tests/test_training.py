@@ -1,6 +1,8 @@
 """The real script, launched on two processes: what it promises, and what happens when a promise is broken."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from nbutils.course import ROOT
 from nbutils.launch import LaunchFailed, choose_config, launch
 from nbutils.recipe import script_text
 from nbutils.tiny import tiny_base, tiny_config
@@ -197,3 +200,16 @@ def test_saving_with_the_plain_trainer_call_is_noticed(tmp_path):
     else:
         with pytest.raises((AssertionError, FileNotFoundError)):
             assert_whole(output / "adapter")
+
+
+def test_a_rehearsal_leaves_its_process_group_before_it_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit\nimport torch.distributed as dist\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "print('joined', dist.is_initialized())\n"
+        "atexit.register(lambda: print('at the end', dist.is_initialized()))\n"
+    )
+    words = [sys.executable, "-m", "nbutils.rehearsal", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "joined True\nat the end False\n"
