@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
@@ -28,7 +29,9 @@ def browser(profile: Path):
     words = [find(), "--headless", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
     words += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}"]
     words += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
-    process = subprocess.Popen([*words, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # A group of its own: what is on the path may be a shell script around the browser.
+    process = subprocess.Popen([*words, "about:blank"], start_new_session=True, **quiet)
     try:
         port = _until(lambda: (profile / "DevToolsActivePort").read_text().split("\n")[0])
         tabs = _until(lambda: json.load(urlopen(f"http://127.0.0.1:{port}/json", timeout=5)))
@@ -37,7 +40,7 @@ def browser(profile: Path):
         yield page
         page.socket.close()
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=20)
 
 

@@ -7,6 +7,7 @@ from urllib.parse import unquote, urldefrag, urlparse
 
 import browser
 import nbformat
+import psutil
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -147,8 +148,11 @@ LOOK = """({
 def page(tmp_path_factory):
     if browser.find() is None:
         pytest.skip(browser.MISSING)
-    with browser.browser(tmp_path_factory.mktemp("profile")) as opened:
+    profile = tmp_path_factory.mktemp("profile")
+    with browser.browser(profile) as opened:
         yield opened
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(profile) in " ".join(p.info["cmdline"] or [])]
+    assert psutil.wait_procs(left, timeout=10)[1] == [], "a browser is left"
 
 
 def problems(page, seen: dict, known: dict[str, set[str]]) -> list[str]:
