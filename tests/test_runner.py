@@ -329,6 +329,16 @@ def test_going_on_from_a_notebook_keeps_the_folder_and_its_parameters(tmp_path, 
     assert again.cells[-1].outputs[0].text == "9\n"
 
 
+@pytest.mark.notebook
+def test_plain_papermill_does_it_too(tmp_path):
+    words = [sys.executable, "-m", "papermill", "notebooks/00_start_here.ipynb", str(tmp_path / "out.ipynb")]
+    words += ["-f", "configs/params/llama32_1b_1gpu.yaml", "-p", "model", "llama31_8b", "--no-progress-bar"]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    said = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    assert "held against: llama31_8b" in said  # -p has the last word
+
+
 def test_going_back_to_an_earlier_lesson_does_not_hide_what_was_trained(tmp_path, monkeypatch):
     """Lessons 01 to 03 make run folders as well; 05 must find the newest one that has trained."""
     monkeypatch.chdir(tmp_path)
