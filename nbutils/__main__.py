@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return dryrun(others)
     if options.command == "workshop":
-        from nbutils.editions import main as workshop
+        from nbutils.proving import main as workshop
 
         return workshop(options.out, options.prove)
     if options.command == "site":

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbutils import editions
+from nbutils import editions, proving
 from nbutils.course import ROOT
 from nbutils.course_map import LESSONS
 
@@ -137,9 +137,9 @@ def test_a_run_finds_each_cell_that_fails_and_should_not(tmp_path):
     shown.cells[-2].source = "x = 1"
     nbformat.write(shown, path)
     (tmp_path / "runs").mkdir()
-    executed = editions.run_through(path, tmp_path)
+    executed = proving.run_through(path, tmp_path)
     assert executed.cells[-1].outputs[0].text == "to the end\n"
-    assert editions.compare(editions.exercises(notebook), editions.failing_cells(executed)) == [
+    assert proving.compare(editions.exercises(notebook), proving.failing_cells(executed)) == [
         f"exercise {ids[3]} raises nothing",
         f"cell {ids[1]} is no exercise and raises TypeError",
         f"exercise {ids[2]} raises ZeroDivisionError, not NotImplementedError",

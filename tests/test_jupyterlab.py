@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from test_accessibility import headings
 
-from nbutils import editions
+from nbutils import proving
 from nbutils.course import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -99,6 +99,6 @@ def test_after_04_every_notebook_runs_again_in_any_order(tmp_path):
         (tree / "notebooks").glob("*.ipynb"), key=lambda path: (path.name[:2] != "04", path.name)
     )
     for path in [trained, *reversed(others)]:
-        assert editions.failing_cells(editions.run_through(path, tree)) == {}, path.name
+        assert proving.failing_cells(proving.run_through(path, tree)) == {}, path.name
     (last,) = (tree / "notebooks").glob("05_*.ipynb")  # once more, behind those that made newer run folders
-    assert editions.failing_cells(editions.run_through(last, tree)) == {}
+    assert proving.failing_cells(proving.run_through(last, tree)) == {}
