@@ -90,7 +90,7 @@ def test_it_opens_with_the_table_of_contents(lab, tmp_path):
 
 @pytest.mark.matrix
 def test_after_04_every_notebook_runs_again_in_any_order(tmp_path):
-    """A restart and a run of all cells, in an order that no reader was told to take; 4 minutes."""
+    """A restart and a run of all cells, in an order that no reader was told to take; 5 minutes."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("runs", "site", "workshop", ".git", ".venv*"))
     if (ROOT / "runs/cache").is_dir():
