@@ -10,7 +10,7 @@ import shutil
 import sys
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,41 +20,95 @@ from nbutils.dryrun import describe, dry_run, prepare
 from nbutils.memory import shape_of
 
 FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
-ON_GPU = ["fsdp_offload_params=false"]
+ON_GPU = ("fsdp_offload_params=false",)
 
-# name: (layers, config, changes, cap in GiB, batch, length, rank of the adapter, seconds it may take)
+OFFLOAD = ("fsdp_offload_params=true",)
+HOST = ("embeddings_on_host=true",)
+FAST = (*HOST, "compile_layers=true")
+TO_HOST = "activation_checkpointing_kwargs={use_reentrant: false, offload: true}"
+KEEP_ALL = "activation_checkpointing=false"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dry run: layers, accelerate config, batch a rank, length, and what differs from the defaults."""
+
+    layers: int
+    config: str
+    batch: int
+    length: int
+    changes: tuple[str, ...] = ()  # keys of the config's fsdp_config
+    settings: tuple[str, ...] = ()  # of the script
+    cap: float | None = None  # GiB
+    lora_r: int = 16
+    ranks: int | None = None  # None: as the config says
+    seconds: float = 150  # that it may take
+
+
+CARD = {"cap": 22.5}
+SMALL = {"seconds": 60}
 CASES = {
     # Few layers, with a record of what is in memory at the peak: the plan is fitted on these.
     "fit": {
-        "fit_fsdp1_offload_b1_l1024": (8, FSDP1, [], None, 1, 1024, 16, 60),
-        "fit_fsdp1_offload_b2_l2048": (8, FSDP1, [], None, 2, 2048, 16, 60),
-        "fit_fsdp2_b1_l1024": (8, FSDP2, [], None, 1, 1024, 16, 60),
-        "fit_fsdp1_b1_l1024": (8, FSDP1, ON_GPU, None, 1, 1024, 16, 60),
+        "fit_fsdp1_offload_b1_l1024": Case(8, FSDP1, 1, 1024, **SMALL),
+        "fit_fsdp1_offload_b2_l2048": Case(8, FSDP1, 2, 2048, **SMALL),
+        "fit_fsdp2_b1_l1024": Case(8, FSDP2, 1, 1024, **SMALL),
+        "fit_fsdp1_b1_l1024": Case(8, FSDP1, 1, 1024, ON_GPU, **SMALL),
     },
     # The recipe under the cap of a 24 GB card.
     "full": {
-        "70b_fsdp1_offload_cap_b1_l1024": (80, FSDP1, [], 22.5, 1, 1024, 16, 150),
-        "70b_fsdp1_offload_cap_b2_l2048": (80, FSDP1, [], 22.5, 2, 2048, 16, 150),
-        "70b_fsdp2_b4_l2048": (80, FSDP2, [], None, 4, 2048, 16, 150),
-        "70b_fsdp1_offload_cap_b1_l2048": (80, FSDP1, [], 22.5, 1, 2048, 16, 150),
-        "70b_fsdp1_cap_b1_l1024": (80, FSDP1, ON_GPU, 22.5, 1, 1024, 16, 110),
+        "70b_fsdp1_offload_cap_b1_l1024": Case(80, FSDP1, 1, 1024, **CARD),
+        "70b_fsdp1_offload_cap_b2_l2048": Case(80, FSDP1, 2, 2048, **CARD, seconds=118),
     },
     # What no fit has seen: the plan is tested on these.
     "held_out": {
-        "70b_fsdp1_offload_cap_b1_l2048": (80, FSDP1, [], 22.5, 1, 2048, 16, 150),
-        "70b_fsdp2_b4_l2048": (80, FSDP2, [], None, 4, 2048, 16, 130),
-        "70b_fsdp1_cap_b1_l1024": (80, FSDP1, ON_GPU, 22.5, 1, 1024, 16, 90),
-        "held_out_8_layers_fsdp2_b2_l2048_r64": (8, FSDP2, [], None, 2, 2048, 64, 45),
-        "held_out_8_layers_fsdp1_b4_l2048": (8, FSDP1, ON_GPU, None, 4, 2048, 16, 45),
+        "70b_fsdp1_offload_cap_b1_l2048": Case(80, FSDP1, 1, 2048, **CARD),
+        "70b_fsdp2_b4_l2048": Case(80, FSDP2, 4, 2048, seconds=130),
+        "70b_fsdp1_cap_b1_l1024": Case(80, FSDP1, 1, 1024, ON_GPU, **CARD),
+        "held_out_8_layers_fsdp2_b2_l2048_r64": Case(8, FSDP2, 2, 2048, lora_r=64, **SMALL),
+        "held_out_8_layers_fsdp1_b4_l2048": Case(8, FSDP1, 4, 2048, ON_GPU, **SMALL),
     },
     "more": {
-        "70b_fsdp2_b1_l1024": (80, FSDP2, [], None, 1, 1024, 16, 120),
-        "70b_fsdp2_b2_l2048_r64": (80, FSDP2, [], None, 2, 2048, 64, 120),
-        "70b_fsdp1_offload_cap_b1_l512": (80, FSDP1, [], 22.5, 1, 512, 16, 130),
-        "70b_fsdp1_offload_cap_b1_l4096": (80, FSDP1, [], 22.5, 1, 4096, 16, 150),
-        "70b_fsdp1_offload_cap_b4_l2048": (80, FSDP1, [], 22.5, 4, 2048, 16, 150),
-        "70b_fsdp1_offload_cap_b1_l1024_r64": (80, FSDP1, [], 22.5, 1, 1024, 64, 140),
-        "70b_fsdp1_b1_l2048": (80, FSDP1, ON_GPU, None, 1, 2048, 16, 120),
+        "70b_fsdp2_b1_l1024": Case(80, FSDP2, 1, 1024, seconds=90),
+        "70b_fsdp2_b2_l2048_r64": Case(80, FSDP2, 2, 2048, lora_r=64, seconds=90),
+        "70b_fsdp1_offload_cap_b1_l512": Case(80, FSDP1, 1, 512, **CARD),
+        "70b_fsdp1_offload_cap_b1_l4096": Case(80, FSDP1, 1, 4096, **CARD),
+        "70b_fsdp1_offload_cap_b4_l2048": Case(80, FSDP1, 4, 2048, **CARD),
+    },
+    # Settings beyond the recipe of 2024, few layers.
+    "fit_fast": {
+        "fit_fsdp2_b2_l2048": Case(8, FSDP2, 2, 2048, **SMALL),
+        "fit_fsdp2_fast_b2_l2048": Case(8, FSDP2, 2, 2048, settings=FAST, **SMALL),
+        "fit_fsdp2_fast_offload_b1_l32768": Case(
+            8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, seconds=80
+        ),
+        "fit_fsdp2_fast_keep_b1_l2048": Case(8, FSDP2, 1, 2048, settings=(*FAST, KEEP_ALL), **SMALL),
+    },
+    # The same on one GPU: what is in memory does not depend on how many share the shards.
+    "fit_one_gpu": {
+        "fit_one_gpu_fast_b2_l2048": Case(8, FSDP2, 2, 2048, (), FAST, ranks=1, **SMALL),
+        "fit_one_gpu_fast_offload_b1_l32768": Case(
+            8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, ranks=1, seconds=80
+        ),
+        "fit_one_gpu_fast_keep_b2_l2048": Case(8, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), ranks=1, **SMALL),
+        "fit_one_gpu_b2_l2048": Case(8, FSDP2, 2, 2048, ranks=1, **SMALL),
+    },
+    # The best of each goal.
+    "goals": {
+        "70b_resident_cap_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, TO_HOST), 22.5, seconds=110),
+        "70b_fast_cap_b4_l2048": Case(80, FSDP2, 4, 2048, OFFLOAD, FAST, 22.5, seconds=110),
+        "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), seconds=100),
+        "70b_resident_cap_b1_l1024": Case(80, FSDP2, 1, 1024, (), (*FAST, TO_HOST), 22.5, seconds=90),
+        "70b_long_cap_b1_l32768": Case(
+            80,
+            FSDP2,
+            1,
+            32768,
+            OFFLOAD,
+            (*FAST, TO_HOST, "eval_on_start=false", 'eval_strategy="no"'),
+            22.5,
+            seconds=190,
+        ),
     },
 }
 
@@ -82,29 +136,31 @@ def main() -> int:
         cases |= CASES.get(name) or {name: next(group[name] for group in CASES.values() if name in group)}
 
     failed = 0
-    for name, (layers, config, changes, cap, batch, length, lora_r, seconds) in cases.items():
+    for name, case in cases.items():
         left = options.deadline - (time.monotonic() - started)
-        if left < seconds:
-            print(f"==== {name}: left out, {left:.0f} s left and up to {seconds} needed", flush=True)
+        if left < case.seconds:
+            print(f"==== {name}: left out, {left:.0f} s left and up to {case.seconds} needed", flush=True)
             continue
-        shape = replace(shape_of(options.model), layers=layers)
+        shape = replace(shape_of(options.model), layers=case.layers)
         prepare(shape, options.folder)
         print(f"==== {name}: {time.monotonic() - started:.0f} s since the start", flush=True)
         run_dir = Path("runs/matrix") / name
         result = dry_run(
             shape,
-            config,
-            batch=batch,
-            length=length,
+            case.config,
+            batch=case.batch,
+            length=case.length,
             steps=options.steps,
-            lora_r=lora_r,
-            cap_gib=cap,
+            lora_r=case.lora_r,
+            cap_gib=case.cap,
+            world_size=case.ranks,
+            extra=case.settings,
             folder=options.folder,
             run_dir=run_dir,
             commit=options.commit,
-            changes=changes,
+            changes=case.changes,
             trace=name.startswith("fit"),
-            timeout=max(60.0, min(left - 5, 2 * seconds)),
+            timeout=max(60.0, min(left - 5, 2 * case.seconds)),
         )
         print(describe(result), flush=True)
         if result["outcome"] == "failed":

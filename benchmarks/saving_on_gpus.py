@@ -76,7 +76,7 @@ def run_case(model: str, file: str, changes: dict, folder: Path) -> dict:
             config,
             log=folder / f"{resume}.log",
             output_dir=output,
-            timeout=150,
+            timeout=240,
             show=False,
         )
         adapter = json.loads((output / "run.json").read_text())["adapter"]
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--commit", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="only cases whose name begins so")
     options = parser.parse_args()
     go_to_root()
     result = {
@@ -114,6 +115,8 @@ def main() -> None:
         "cases": {},
     }
     for name, (file, changes) in CASES.items():
+        if not name.startswith(options.only):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             try:
                 case = run_case(options.model, file, changes, Path(folder))

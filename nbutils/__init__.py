@@ -2,5 +2,6 @@
 
 One idea a module, imports in one direction. The ground floor imports nothing of ours: `chat`, `data`, `tiny`, `prep`,
 `report`, `plots`, `failures`, `progress`. Above it: `loading`, `preflight`, `saving`, `launch`, `rehearsal`. On top:
-`runner` and the command line, `python -m nbutils`.
+`runner`, what is made of the notebooks (`reading`, `editions`, `proving`, `site`), and the command line,
+`python -m nbutils`.
 """

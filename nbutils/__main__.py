@@ -58,6 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; fail if an output says something else"
     )
 
+    workshop = commands.add_parser("workshop", help="make the student edition, the solutions and the archive")
+    workshop.add_argument("--out", type=Path, default=Path("workshop"), help="folder for them")
+    workshop.add_argument("--prove", action="store_true", help="run the student edition out of the archive")
+
+    site = commands.add_parser("site", help="write the whole series as HTML that needs no network")
+    site.add_argument("--out", type=Path, default=Path("site"), help="folder for it")
+
     merge = commands.add_parser("merge", help="merge an adapter into its bf16 base, one tensor at a time")
     merge.add_argument("base", help="folder or hub id of the unquantised base")
     merge.add_argument("adapter", type=Path, help="folder of the adapter")
@@ -94,6 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
         from nbutils.dryrun import main as dryrun
 
         return dryrun(others)
+    if options.command == "workshop":
+        from nbutils.proving import main as workshop
+
+        return workshop(options.out, options.prove)
+    if options.command == "site":
+        from nbutils.site import main as site
+
+        return site(options.out)
     if options.command == "quantise":
         return _quantise(options)
     if options.command in ("merge", "export"):

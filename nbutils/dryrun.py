@@ -24,7 +24,7 @@ import yaml
 
 from nbutils.course import RUNS, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
-from nbutils.memory import GIB, LIBRARIES_CPU, SHAPES, Plan, Setup, Shape, plan, shape_of
+from nbutils.memory import GIB, LIBRARIES_CPU, SHAPES, Choices, Plan, Setup, Shape, plan, shape_of
 from nbutils.progress import read_progress
 from nbutils.recipe import write_script
 
@@ -153,7 +153,8 @@ def dry_run(
     weights = prepare(shape, folder)
     script = write_script(run_dir)
     settings = _settings(run_dir, weights, batch, length, steps, lora_r, setup.world_size, extra)
-    expected = plan(shape, setup, batch, length, lora_r)
+    choices = Choices.read(yaml.safe_load(settings.read_text()))
+    expected = plan(shape, setup, batch, length, lora_r, choices=choices)
     if no_accelerator():
         expected.host["Python and libraries"] = LIBRARIES_CPU
     predicted = _predicted(expected, setup, cap_gib)

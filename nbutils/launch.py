@@ -24,6 +24,7 @@ import psutil
 from nbutils.config_faults import refuse_bad_config
 from nbutils.course import ROOT
 from nbutils.follow import read_progress
+from nbutils.kernel_memory import give_back
 from nbutils.out_of_memory import advice
 
 POLL = 0.25  # seconds between two looks at the run
@@ -151,6 +152,9 @@ def launch(
     words = command[:2] + ["--log_dir", str(rank_logs), "--tee", "3"] + command[2:]
     if show:
         print(copyable(command), flush=True)
+
+    if in_the_way := give_back():
+        print(in_the_way, flush=True)
 
     seen_before = len(read_progress(output_dir)) if output_dir else 0
     display = _Display(show, live)

@@ -14,6 +14,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 GIB = 2**30
@@ -82,11 +83,12 @@ def set_cap(gib: float, device: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
 
 
-def watch(phases: Phases) -> None:
+def watch(phases: Phases, at_end: Callable[[], None]) -> None:
     """Stand around the loading and the training of a script that has not been imported yet.
 
     Args:
         phases: where to write.
+        at_end: called when training ends; what an evaluation needs after that is not the training's.
     """
     from transformers import Trainer, TrainerCallback
 
@@ -101,6 +103,7 @@ def watch(phases: Phases) -> None:
 
         def on_train_end(self, args, state, control, **kwargs):
             phases.mark("trained")
+            at_end()
 
     plain_load, plain_train = nbutils.loading.load_nf4, Trainer.train
 
@@ -135,20 +138,24 @@ def main() -> None:
         from nbutils import rehearsal
 
         rehearsal.enable()
-    watch(phases)
     peak_trace = os.environ.get("NBUTILS_PEAK_TRACE") and torch.cuda.is_available()
+
+    def write_trace() -> None:
+        if peak_trace:
+            from nbutils.peak import write_peak
+
+            write_peak(phases.path.with_name(f"peak_rank{rank}.json"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
     if peak_trace:
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=400_000)
+    watch(phases, write_trace)
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:  # an out-of-memory is a result too
         phases.mark("end")
-        if peak_trace:
-            from nbutils.peak import write_peak
-
-            write_peak(phases.path.with_name(f"peak_rank{rank}.json"))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,15 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
+    _leave_the_group()
+
+
+def _leave_the_group() -> None:
+    """End gloo's threads before the interpreter ends; a rank that had done its work was once aborted at its exit."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -118,6 +118,10 @@ def run_series(
     for name, text in (overrides or {}).items():
         values[name] = parameters.from_command_line(name, text, contracts)
     parameters.check(values, contracts)
+    if "run_dir" in values:
+        raise parameters.BadParameters(
+            "run_dir: found it given, and the runner fills it in itself. Use --run-dir."
+        )
 
     cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
 

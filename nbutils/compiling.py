@@ -1,0 +1,84 @@
+"""Compile what stands inside a decoder layer, and leave FSDP and the checkpoint outside."""
+
+import os
+from types import MethodType
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def compile_layers(model: PreTrainedModel) -> int:
+    """Let torch.compile fuse the small operations of each decoder layer: LoRA's scaling and sums, norms, activations.
+
+    The parts of a layer are compiled, not the layer: FSDP's gathering and the activation checkpoint stay around them,
+    uncompiled, so both do exactly what they did. All layers share the same few graphs. Fused operations round to bf16
+    less often, so losses differ in the last digits.
+
+    Args:
+        model: with or without an adapter, before FSDP wraps it; changed in place.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ValueError: the launch is FSDP 1's.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            "compile_layers wants FSDP 2. Under FSDP 1, PEFT's policy puts units inside attention and MLP, and "
+            "torch.compile gives up after eight compilations of each. Launch with config_fsdp2.yaml, or leave it off."
+        )
+    bnb.nn.Linear4bit.forward = multiply  # for the whole process; a second call changes nothing
+    gated = torch.compile(_gated)  # one function for all layers
+    layers = model.get_decoder().layers
+    for layer in layers:
+        for part in (layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm):
+            part.compile()
+        layer.mlp.forward = MethodType(lambda mlp, x: adapter_first(mlp.down_proj, gated(mlp, x)), layer.mlp)
+    return len(layers)
+
+
+def _gated(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The MLP up to its last projection: `(..., hidden)` to `(..., intermediate)`."""
+    return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+
+def adapter_first(projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A projection with LoRA, the adapter before the frozen weight.
+
+    The sum is the same; the order saves time. When a checkpoint computes a layer again it stops as soon as it has
+    everything that the backward pass wants. Nothing wants the output of a layer's last projection, and its frozen
+    weight keeps nothing, so that multiplication, a quarter of the layer, is left out. It would not be if it came first.
+
+    Args:
+        projection: `Linear4bit`, or PEFT's LoRA layer around one.
+        x: `(..., in_features)`.
+
+    Returns:
+        `(..., out_features)`.
+    """
+    plain_lora = hasattr(projection, "lora_A") and not projection.lora_variant
+    if not plain_lora or projection.disable_adapters or projection.merged:
+        return projection(x)
+    update = 0
+    for name in projection.active_adapters:
+        inner = projection.lora_A[name](projection.lora_dropout[name](x))
+        update = update + projection.lora_B[name](inner) * projection.scaling[name]
+    return projection.base_layer(x) + update
+
+
+def multiply(self: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    """`Linear4bit.forward` with the quantisation state read from the module.
+
+    FSDP 2 puts a plain tensor in the place of the weight, and the original method then repairs the tensor: something
+    torch.compile cannot trace, so each of the seven projections would end a graph.
+
+    Args:
+        x: `(..., in_features)` in bf16.
+
+    Returns:
+        `(..., out_features)`.
+    """
+    return bnb.matmul_4bit(x, self.weight, bias=self.bias, quant_state=self.quant_state)
