@@ -147,11 +147,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from nbutils.config_faults import BadConfig
+    from nbutils.download import CannotDownload
     from nbutils.launch import LaunchFailed, choose_config, launch
     from nbutils.out_of_memory import settings_of
 
     try:
+        _look_first(options)
         launch(
             options.script,
             options.arguments,
@@ -161,7 +162,12 @@ def _launch(options: argparse.Namespace) -> int:
             output_dir=settings_of(options.arguments).get("output_dir"),
             timeout=options.timeout,
         )
-    except (BadConfig, LaunchFailed, FileNotFoundError) as error:
+    except (
+        LaunchFailed,
+        FileNotFoundError,
+        CannotDownload,
+        ValueError,
+    ) as error:  # BadConfig is a ValueError
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -171,6 +177,15 @@ def _launch(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
+
+
+def _look_first(options: argparse.Namespace) -> None:
+    """If the script is the course's, look at what it will be given before any rank starts."""
+    from nbutils.glance import look
+    from nbutils.out_of_memory import settings_of
+
+    if options.script.is_file() and "refuse_before_loading" in options.script.read_text(encoding="utf-8"):
+        look(settings_of(options.arguments))
 
 
 def _refresh(options: argparse.Namespace) -> int:

@@ -82,7 +82,19 @@ def train_and_heldout(
     return parts["train"], parts["test"]
 
 
-def _read(source: str, split: str) -> Dataset:
+def refuse_unreadable(source: str) -> bool:
+    """Refuse a local file that cannot be read as rows; look at each line of a .jsonl file.
+
+    Args:
+        source: a file, or the id of a data set on the hub.
+
+    Returns:
+        Whether `source` is a file.
+
+    Raises:
+        FileNotFoundError: `source` looks like a file and is not there.
+        ValueError: it is a folder, a pipe, of another type, or a line of it is broken.
+    """
     path = Path(source)
     if path.is_dir():
         raise ValueError(f"{source} is a folder. Name one .json, .jsonl or .parquet file in it.")
@@ -99,7 +111,15 @@ def _read(source: str, split: str) -> Dataset:
             raise ValueError(
                 f"{source} ends in {path.suffix or 'nothing'}; wanted .json, .jsonl or .parquet."
             )
-        return _read_file(path)
+        if path.suffix == ".jsonl":
+            _refuse_a_broken_line(path)
+        return True
+    return False
+
+
+def _read(source: str, split: str) -> Dataset:
+    if refuse_unreadable(source):
+        return _read_file(Path(source))
     try:
         return load_dataset(source, split=split)
     except Exception as problem:  # datasets, the hub client and fsspec each raise their own
@@ -111,8 +131,6 @@ def _read(source: str, split: str) -> Dataset:
 
 
 def _read_file(path: Path) -> Dataset:
-    if path.suffix == ".jsonl":
-        _refuse_a_broken_line(path)
     try:
         return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     except Exception as problem:  # datasets wraps what pyarrow said into a sentence that names nothing

@@ -4,10 +4,8 @@ A night on rented cards should not end on a full disk, and ten minutes of loadin
 the time. Every refusal is one sentence or two: what was found, what was wanted, what to do. Nothing is written.
 """
 
-import json
 import os
 import shutil
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,26 +13,18 @@ import psutil
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from packaging.requirements import Requirement
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from nbutils.checkpoint import BadCheckpoint, Checkpoint
 from nbutils.course import ROOT
-from nbutils.doctor import installed_versions, locked_versions
-from nbutils.download import CannotDownload, local_folder
-from nbutils.loading import IN_MEMORY_BYTES, refuse_other_quantisations
+from nbutils.download import CannotDownload
+from nbutils.glance import Refused, look_at_model, nearest_folder, refuse_output, refuse_versions
+from nbutils.loading import IN_MEMORY_BYTES
 from nbutils.memory import BF16, GIB, Setup, Shape, nf4_bytes, plan, quantisation_state_bytes, shape_of
 from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.saving import reject_foreign_folder
 from nbutils.shards import SaveError, agree, rank
-
-# The prep, the memory plan and the units were made for it and tested with it.
-SUPPORTED = ("llama",)
-
-
-class Refused(ValueError):
-    """The run was not begun and nothing was written."""
 
 
 def refuse_before_loading(recipe, training: SFTConfig) -> None:
@@ -52,7 +42,7 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
         CheckpointError: `output_dir` holds another run, or nothing that can be resumed.
     """
     _together(lambda: _refuse_settings(recipe, training), every_rank=True)
-    _together(_refuse_versions)
+    _together(lambda: refuse_versions(say=_say_once))
     _together(lambda: _refuse_output(Path(training.output_dir)))
     refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
     _together(lambda: _refuse_model(recipe, training))
@@ -140,37 +130,19 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
     refuse_what_checkpoints_do_not_serve(training)
 
 
-def _refuse_versions() -> None:
-    """Outside pyproject's ranges the code does not work; inside them, only the locked versions were tested."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    ranges = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
-    locked, untested = locked_versions(), []
-    for name, found in installed_versions().items():
-        if found is None or name not in ranges:
-            continue
-        if not ranges[name].contains(found, prereleases=True):
-            raise Refused(
-                f"{name} is {found}, and this code works with {name}{ranges[name]} only. "
-                f"Install the tested one: pip install {name}=={locked[name]}"
-            )
-        if found != locked[name]:
-            untested.append(f"{name} {found} (tested: {locked[name]})")
-    if untested and rank() == 0:
-        print(f"Not tested together: {', '.join(untested)}. pip install -r requirements.lock", flush=True)
+def _say_once(sentence: str) -> None:
+    if rank() == 0:
+        print(sentence, flush=True)
 
 
 def _refuse_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise Refused(f"output_dir {output} is a file; wanted a folder, new or of this run. Name another.")
-    place = _nearest_folder(output)
-    if not os.access(place, os.W_OK):
-        raise Refused(f"output_dir {output} cannot be made: no right to write in {place}. Name another.")
+    refuse_output(output)
     reject_foreign_folder(output / "adapter")  # the adapter's name, taken by something else
 
 
 def _refuse_model(recipe, training: SFTConfig) -> None:
-    folder = local_folder(recipe.model, weights=False)
-    config = _config(folder, recipe.model)
+    folder, _ = look_at_model(recipe.model)
+    config = AutoConfig.from_pretrained(folder)
     tokenizer = _tokenizer(folder, recipe.model)
     if len(tokenizer) > config.vocab_size:
         raise Refused(
@@ -183,33 +155,12 @@ def _refuse_model(recipe, training: SFTConfig) -> None:
             f"max_length is {training.max_length:,} tokens and the context of {recipe.model} has {context:,}. "
             f"Set max_length to {context:,} or less."
         )
-    if getattr(config, "quantization_config", None):
-        refuse_other_quantisations(config.quantization_config, folder)
     shape = shape_of(folder)
-    local = Path(recipe.model).is_dir()
-    checkpoint = Checkpoint(folder) if local else None  # headers only; the hub's come with the download
     unpacked = not getattr(config, "quantization_config", None)
-    bytes_on_disk = checkpoint.bytes_on_disk if local else BF16 * shape.parameters
+    local = Path(recipe.model).is_dir()
+    bytes_on_disk = Checkpoint(folder).bytes_on_disk if local else BF16 * shape.parameters
     _refuse_little_memory(shape, training, unpacked and bytes_on_disk <= IN_MEMORY_BYTES)
     _refuse_small_disk(shape, recipe, training, unpacked and bytes_on_disk > IN_MEMORY_BYTES)
-
-
-def _config(folder: Path, model: str) -> PretrainedConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise Refused(
-            f"{model} holds no config.json; wanted a model as the hub keeps them. Look at the path."
-        )
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as problem:
-        raise Refused(f"{file} is no JSON object ({_first_line(problem)}). Download it again.") from None
-    if kind not in SUPPORTED:
-        raise Refused(
-            f"{model} is a {kind}; wanted a model of the architecture {' or '.join(SUPPORTED)}. Prep, memory plan and "
-            "units were made for it and tested with it; see nbutils.refusing.SUPPORTED."
-        )
-    return AutoConfig.from_pretrained(folder)
 
 
 def _tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
@@ -265,7 +216,7 @@ def checkpoints_bytes(shape: Shape, lora_r: int, training: SFTConfig) -> int:
 
 
 def _refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_disk: bool) -> None:
-    wanted = {_nearest_folder(Path(training.output_dir)): checkpoints_bytes(shape, recipe.lora_r, training)}
+    wanted = {nearest_folder(Path(training.output_dir)): checkpoints_bytes(shape, recipe.lora_r, training)}
     what = "the checkpoints and the adapter need"
     advice = "Set save_total_limit, save less often, or name an output_dir on a larger disk."
     for place, needed in wanted.items():
@@ -274,7 +225,7 @@ def _refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_d
             raise Refused(
                 f"On the disk of {place}, {what} {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free. {advice}"
             )
-    cache = _nearest_folder(ROOT / "runs" / "cache")
+    cache = nearest_folder(ROOT / "runs" / "cache")
     free, needed = shutil.disk_usage(cache).free, nf4_copy_bytes(shape)
     if quantised_to_disk and needed > free:
         raise Refused(
@@ -292,13 +243,6 @@ def _setup() -> Setup:
         fsdp_version=int(variables.get("FSDP_VERSION", "1")) if fsdp else 0,
         offload=variables.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
     )
-
-
-def _nearest_folder(path: Path) -> Path:
-    path = path.absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
 
 
 def _first_line(problem: Exception) -> str:

@@ -582,7 +582,7 @@ def test_a_port_in_use_is_the_last_line_in_the_terminal(tmp_path, hub, script):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("cause", ["broken line"])
+@pytest.mark.parametrize("cause", ["broken line", "empty row"])  # before a rank starts, and by the ranks
 def test_bad_input_is_the_last_line_in_the_terminal(answered, tmp_path, hub, script, cause):
     case = answered[0][cause]
     done, _ = typed(hub, tmp_path, script, "--config", str(case.file), path=case.path)
@@ -592,18 +592,40 @@ def test_bad_input_is_the_last_line_in_the_terminal(answered, tmp_path, hub, scr
     assert snapshot(case.folder / "out") == case.before
 
 
+def test_the_runner_looks_before_it_executes_a_notebook(answered, tmp_path, hub):
+    """Its parameters name a model and a file; notebook 04 would find them bad after all notebooks before it."""
+    for cause, name in (("broken line", "dataset"), ("gated model", "model")):
+        value = answered[0][cause].settings[name]
+        done = subprocess.run(
+            [sys.executable, "-m", "nbutils", "run", "--run-dir", str(tmp_path / "run"), "-p", name, value],
+            env=environment(hub, tmp_path / "home"), cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert re.search(CASES[cause][1], done.stderr.splitlines()[-1]), done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.matrix
 def test_the_whole_table_in_the_terminal(answered, tmp_path, hub, script):
     """Every row through a launch of its own, with the seconds that a reader waits."""
     rows = []
-    for cause, case in answered[0].items():
-        done, seconds = typed(hub, tmp_path, script, "--config", str(case.file), path=case.path)
+
+    def answer(cause, expected, *arguments, path=None):
+        done, seconds = typed(hub, tmp_path, *arguments, path=path)
         last = done.stderr.splitlines()[-1]
         rows.append({"cause": cause, "status": done.returncode, "seconds": round(seconds, 1), "said": last})
-        assert done.returncode == 1 and re.search(CASES[cause][1], last), (cause, done.stderr)
-        assert "Traceback" not in done.stdout + done.stderr
-        assert snapshot(case.folder / "out") == case.before
         print(f"{seconds:6.1f}  {cause}: {last}", flush=True)
+        assert done.returncode == 1 and re.search(expected, last), (cause, done.stderr)
+        assert "Traceback" not in done.stdout + done.stderr
+
+    for cause, (file, changes, expected) in CONFIGS.items():
+        if not cause.startswith("more"):  # which the rehearsal does not ask
+            config = variant(ROOT / file, tmp_path, **changes)
+            answer(cause, expected, "--config_file", str(config), script, "--config", "train.yaml")
+    for cause, case in answered[0].items():
+        answer(cause, CASES[cause][1], script, "--config", str(case.file), path=case.path)
+        assert snapshot(case.folder / "out") == case.before
     median = round(statistics.median(row["seconds"] for row in rows), 1)
     record("refusals in the terminal", COMMAND, rows=rows, median_seconds=median)
     print(f"{median:6.1f}  median")

@@ -117,6 +117,7 @@ def test_every_rank_ends_with_the_cause_and_the_last_checkpoint_is_good(name, tm
         assert_usable(tmp_path / "out", step, tmp_path)
 
 
+@pytest.mark.matrix  # a minute; each commit loses a whole host, in tests/test_two_hosts.py
 def test_a_rank_that_hangs_ends_the_run(tmp_path, monkeypatch):
     """A rank that waits for a dead file system says nothing. The others wait as long as `ddp_timeout` allows.
 
