@@ -287,6 +287,7 @@ CASES = {
         ),
         r"Found load_best_model_at_end; these checkpoints",
     ),
+    "compiled under FSDP 1": (settings(compile_layers=True), r"compile_layers wants FSDP 2"),
     # model
     "gated model": (gated, r"meta-llama/gated is behind a licence\. Accept it on .* hf auth login"),
     "no such model on the hub": (
