@@ -14,6 +14,8 @@ file and then trains with plain DDP, without a word. Three things stand in the w
    packed bytes then meet code that expects the usual order, and every later loss is wrong.
 5. Accelerate asks FSDP 1 for a full state dict moved to the CPU. From CPU to CPU nothing is copied, and FSDP frees
    what it believes it has copied: `setStorage: ... out of bounds for storage of size 0`.
+6. On a CPU, transformers leaves `ddp_timeout` out when it makes the process group, and a rank would wait half an hour
+   for one that is gone.
 """
 
 import os
@@ -47,13 +49,19 @@ def enable() -> None:
 
 def _join_the_gloo_group_by_default() -> None:
     from accelerate import PartialState
+    from transformers import TrainingArguments
 
-    plain_init = PartialState.__init__
+    plain_init, plain_post_init = PartialState.__init__, TrainingArguments.__post_init__
+    asked = {}
+
+    def post_init(self):  # which makes the process group
+        asked["timeout"] = self.ddp_timeout_delta
+        plain_post_init(self)
 
     def init(self, cpu=True, **kwargs):
-        plain_init(self, cpu=True, **kwargs)
+        plain_init(self, cpu=True, **{**asked, **kwargs})
 
-    PartialState.__init__ = init
+    TrainingArguments.__post_init__, PartialState.__init__ = post_init, init
 
 
 def _let_accelerate_choose_fsdp() -> None:
