@@ -180,7 +180,11 @@ def test_memory_follows_the_largest_tensor_and_not_the_model(tmp_path):
     ]
     command = [sys.executable, "-c", MEASURE, *map(str, folders)]
     # memory in use, and not the blocks that malloc keeps: see tests/test_loading.py
-    keep_nothing = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    keep_nothing = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
     environment = os.environ | keep_nothing
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
