@@ -167,6 +167,8 @@ def launch(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={
+                # Blocks that can grow: without them a GPU that is nearly full ends with room that nothing fits into.
+                "PYTORCH_ALLOC_CONF": "expandable_segments:True",
                 **os.environ,
                 "PYTHONUNBUFFERED": "1",
                 "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
