@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from nbutils.checkpoint import BadCheckpoint, Checkpoint
+from nbutils.checkpoint import Checkpoint
 from nbutils.compiling import refuse_fsdp1
 from nbutils.course import ROOT
 from nbutils.download import CannotDownload
@@ -104,8 +104,8 @@ def _together(check: Callable[[], None], every_rank: bool = False) -> None:
     if every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
             check()
-        except (Refused, BadCheckpoint, CannotDownload, SaveError) as found:
-            problem = str(found)
+        except (ValueError, CannotDownload, SaveError) as found:  # sentences: Refused is a ValueError
+            problem = " ".join(str(found).split())
         except Exception as found:  # the other ranks wait
             problem = f"{type(found).__name__}: {_first_line(found)}"
     agree(problem, Refused)
