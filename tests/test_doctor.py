@@ -1,5 +1,6 @@
 """The doctor: each check says OK, WARN or FAIL where it should, with something to do."""
 
+import json
 import subprocess
 import sys
 
