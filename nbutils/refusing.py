@@ -17,11 +17,22 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from nbutils.checkpoint import BadCheckpoint, Checkpoint
+from nbutils.compiling import refuse_fsdp1
 from nbutils.course import ROOT
 from nbutils.download import CannotDownload
 from nbutils.glance import Refused, look_at_model, nearest_folder, refuse_output, refuse_versions
 from nbutils.loading import IN_MEMORY_BYTES
-from nbutils.memory import BF16, GIB, Setup, Shape, nf4_bytes, plan, quantisation_state_bytes, shape_of
+from nbutils.memory import (
+    BF16,
+    GIB,
+    Choices,
+    Setup,
+    Shape,
+    nf4_bytes,
+    plan,
+    quantisation_state_bytes,
+    shape_of,
+)
 from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.saving import reject_foreign_folder
 from nbutils.shards import SaveError, agree, rank
@@ -127,6 +138,8 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
             f"logging_steps is {training.logging_steps:g} and max_steps {training.max_steps}: no loss would ever be "
             "logged. Set logging_steps to 1."
         )
+    if recipe.compile_layers:
+        refuse_fsdp1()
     refuse_what_checkpoints_do_not_serve(training)
 
 
@@ -159,7 +172,7 @@ def _refuse_model(recipe, training: SFTConfig) -> None:
     unpacked = not getattr(config, "quantization_config", None)
     local = Path(recipe.model).is_dir()
     bytes_on_disk = Checkpoint(folder).bytes_on_disk if local else BF16 * shape.parameters
-    _refuse_little_memory(shape, training, unpacked and bytes_on_disk <= IN_MEMORY_BYTES)
+    _refuse_little_memory(shape, recipe, training, unpacked and bytes_on_disk <= IN_MEMORY_BYTES)
     _refuse_small_disk(shape, recipe, training, unpacked and bytes_on_disk > IN_MEMORY_BYTES)
 
 
@@ -173,11 +186,17 @@ def _tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def _refuse_little_memory(shape: Shape, training: SFTConfig, copied: bool) -> None:
+def _refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: bool) -> None:
     """Host memory for the ranks of this machine, beside the libraries, which are in memory already."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    setup = _setup()
-    planned = plan(shape, setup, training.per_device_train_batch_size, training.max_length or 1024)
+    choices = Choices(
+        embeddings_on_host=recipe.embeddings_on_host,
+        compile_layers=recipe.compile_layers,
+        checkpointing=bool(training.activation_checkpointing),
+        offload_activations=bool(training.activation_checkpointing_kwargs.get("offload")),
+    )
+    rows, length = training.per_device_train_batch_size, training.max_length or 1024
+    planned = plan(shape, _setup(), rows, length, recipe.lora_r, choices=choices)
     needed = planned.host_bytes - planned.host["Python and libraries"]
     if copied:  # each rank quantises a copy of its own; a larger checkpoint is mapped, once for all
         needed += nf4_copy_bytes(shape)

@@ -8,7 +8,9 @@ import sys
 
 import psutil
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
+from nbutils import configs
 from nbutils.configs import variant
 from nbutils.course import ROOT
 from nbutils.machines import bytes_between_machines, inside_a_machine, tokens_per_second
@@ -109,3 +111,19 @@ def test_hybrid_sharding_costs_the_memory_of_one_machine():
 def test_tokens_per_second_lies_between_hidden_and_exposed():
     slowest, fastest = tokens_per_second(tokens=1000, ranks=4, compute_seconds=1.0, sent=int(1e9), link=1e9)
     assert (slowest, fastest) == (2000.0, 4000.0)
+
+
+def test_the_files_add_to_the_recipe_what_machines_need_and_nothing_else():
+    recipe, two = configs.flat_keys(ROOT / configs.RECIPE), configs.flat_keys(TWO_MACHINES)
+    added = {key for key in two if two[key] != recipe.get(key)}
+    assert added == {"main_process_ip", "main_process_port", "num_machines", "num_processes"}
+    hybrid = configs.flat_keys(TWO_MACHINES.with_name("two_machines_hybrid.yaml"))
+    assert {key for key in hybrid if hybrid[key] != two.get(key)} == {"fsdp_sharding_strategy"}
+
+
+def test_slurm_types_what_accelerate_understands():
+    file = TWO_MACHINES.with_name("two_machines.slurm")
+    assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
+    typed = file.read_text().split("exec accelerate launch")[1].split('launch "$@"')[0]
+    options = {name for action in launch_command_parser()._actions for name in action.option_strings}
+    assert len(found := set(re.findall(r"--\w+", typed))) >= 5 and found <= options
