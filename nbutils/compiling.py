@@ -61,6 +61,8 @@ def adapter_first(projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
     everything that the backward pass wants. Nothing wants the output of a layer's last projection, and its frozen
     weight keeps nothing, so that multiplication, a quarter of the layer, is left out. It would not be if it came first.
 
+    Whatever is not one plain adapter in the dtype of `x` is left to PEFT.
+
     Args:
         projection: `Linear4bit`, or PEFT's LoRA layer around one.
         x: `(..., in_features)`.
@@ -68,14 +70,22 @@ def adapter_first(projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Returns:
         `(..., out_features)`.
     """
-    plain_lora = hasattr(projection, "lora_A") and not projection.lora_variant
-    if not plain_lora or projection.disable_adapters or projection.merged:
+    if not _one_plain_adapter(projection, x.dtype):
         return projection(x)
-    update = 0
-    for name in projection.active_adapters:
-        inner = projection.lora_A[name](projection.lora_dropout[name](x))
-        update = update + projection.lora_B[name](inner) * projection.scaling[name]
+    (name,) = projection.active_adapters
+    inner = projection.lora_A[name](projection.lora_dropout[name](x))
+    update = projection.lora_B[name](inner) * projection.scaling[name]
     return projection.base_layer(x) + update
+
+
+def _one_plain_adapter(projection: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the order can be changed without changing a bit: not with two sums, and not with a cast in between."""
+    if not hasattr(projection, "lora_A") or projection.disable_adapters or projection.merged:
+        return False
+    names = projection.active_adapters
+    if len(names) != 1 or names[0] not in projection.lora_A or projection.lora_variant:
+        return False
+    return projection.lora_A[names[0]].weight.dtype == dtype
 
 
 def multiply(self: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ from nbutils.memory import (
     quantisation_state_bytes,
     shape_of,
 )
+from nbutils.on_host import refuse_offloaded_head
 from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.saving import reject_foreign_folder
 from nbutils.shards import SaveError, agree, rank
@@ -140,6 +141,8 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
         )
     if recipe.compile_layers:
         refuse_fsdp1()
+    if not recipe.embeddings_on_host:
+        refuse_offloaded_head()
     refuse_what_checkpoints_do_not_serve(training)
 
 

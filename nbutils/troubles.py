@@ -179,7 +179,7 @@ TROUBLES = [
         "Tensors must be CUDA and dense",
         "torch 2.11, trl 1.16, FSDP 2 with offload",
         "TRL's SFTTrainer gathers a metric that lies on the CPU.",
-        "FSDP 2 without offload, or FSDP 1 with it.",
+        "`embeddings_on_host: true`, as in configs/goals: the head then comes to the GPU. Or FSDP 1.",
         NOT_REPRODUCED,
     ),
     Trouble(
