@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: tutorial test lint notebooks matrix lab clean help
+.PHONY: tutorial test lint notebooks site workshop matrix lab clean help
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
@@ -13,6 +13,8 @@ help:
 	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
 	@echo "make lint       ruff over package, tests, notebooks and the extracted script"
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
+	@echo "make site       the whole series as HTML in site/, to be read without a network"
+	@echo "make workshop   student edition, solutions and an archive to hand out, in workshop/"
 	@echo "make clean      remove what runs leave behind (keeps .venv)"
 
 $(STAMP): requirements.lock pyproject.toml
@@ -27,7 +29,11 @@ PARAMS ?= configs/params/tiny.yaml
 tutorial: $(STAMP)
 	$(BIN)/python -m nbutils run --params $(PARAMS) $(if $(FSDP_VERSION),-p fsdp_version $(FSDP_VERSION))
 
+# It opens with the table of contents beside the first notebook; how you arrange it later is kept in runs/lab.
+LAB ?= runs/lab
+lab: export JUPYTERLAB_WORKSPACES_DIR = $(abspath $(LAB))
 lab: $(STAMP)
+	@test -d $(LAB) || $(BIN)/jupyter lab workspaces import configs/lab_workspace.json
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 test: $(STAMP)
@@ -43,6 +49,12 @@ lint: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m nbutils refresh
+
+site: $(STAMP)
+	$(BIN)/python -m nbutils site
+
+workshop: $(STAMP)
+	$(BIN)/python -m nbutils workshop
 
 clean:
 	rm -rf runs site workshop .pytest_cache .ruff_cache

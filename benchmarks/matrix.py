@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.course import go_to_root
@@ -22,11 +24,17 @@ from nbutils.memory import shape_of
 FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
 ON_GPU = ("fsdp_offload_params=false",)
 
-OFFLOAD = ("fsdp_offload_params=true",)
+OFFLOADED = "configs/accelerate/config_fsdp2_offload.yaml"
 HOST = ("embeddings_on_host=true",)
 FAST = (*HOST, "compile_layers=true")
 TO_HOST = "activation_checkpointing_kwargs={use_reentrant: false, offload: true}"
 KEEP_ALL = "activation_checkpointing=false"
+
+
+def goal(name: str) -> tuple[str, ...]:
+    """The settings of a file in configs/goals, as `dry_run` takes them."""
+    path = Path(__file__).resolve().parents[1] / "configs" / "goals" / f"{name}.yaml"
+    return tuple(f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(path.read_text()).items())
 
 
 @dataclass(frozen=True)
@@ -75,39 +83,25 @@ CASES = {
         "70b_fsdp1_offload_cap_b1_l4096": Case(80, FSDP1, 1, 4096, **CARD),
         "70b_fsdp1_offload_cap_b4_l2048": Case(80, FSDP1, 4, 2048, **CARD),
     },
-    # Settings beyond the recipe of 2024, few layers.
+    # Settings beyond the recipe of 2024, few layers. One GPU will do: shards apart, the same is in memory.
     "fit_fast": {
         "fit_fsdp2_b2_l2048": Case(8, FSDP2, 2, 2048, **SMALL),
-        "fit_fsdp2_fast_b2_l2048": Case(8, FSDP2, 2, 2048, settings=FAST, **SMALL),
-        "fit_fsdp2_fast_offload_b1_l32768": Case(
-            8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, seconds=80
-        ),
-        "fit_fsdp2_fast_keep_b1_l2048": Case(8, FSDP2, 1, 2048, settings=(*FAST, KEEP_ALL), **SMALL),
-    },
-    # The same on one GPU: what is in memory does not depend on how many share the shards.
-    "fit_one_gpu": {
         "fit_one_gpu_fast_b2_l2048": Case(8, FSDP2, 2, 2048, (), FAST, ranks=1, **SMALL),
         "fit_one_gpu_fast_offload_b1_l32768": Case(
-            8, FSDP2, 1, 32768, OFFLOAD, (*FAST, TO_HOST), 22.5, ranks=1, seconds=80
+            8, OFFLOADED, 1, 32768, (), (*FAST, TO_HOST), 22.5, ranks=1, seconds=80
         ),
         "fit_one_gpu_fast_keep_b2_l2048": Case(8, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), ranks=1, **SMALL),
-        "fit_one_gpu_b2_l2048": Case(8, FSDP2, 2, 2048, ranks=1, **SMALL),
     },
-    # The best of each goal.
-    "goals": {
-        "70b_resident_cap_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, TO_HOST), 22.5, seconds=110),
-        "70b_fast_cap_b4_l2048": Case(80, FSDP2, 4, 2048, OFFLOAD, FAST, 22.5, seconds=110),
-        "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), seconds=100),
-        "70b_resident_cap_b1_l1024": Case(80, FSDP2, 1, 1024, (), (*FAST, TO_HOST), 22.5, seconds=90),
+    # The recipe of 2024 beside the best of each goal; ends with a table of ratios.
+    "compare": {
+        "70b_fsdp1_offload_cap_b2_l2048": Case(80, FSDP1, 2, 2048, **CARD, seconds=118),
+        "70b_fast_cap_b4_l2048": Case(80, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CARD),
+        "70b_resident_cap_b1_l2048": Case(80, FSDP2, 1, 2048, (), goal("resident_2x24gb"), **CARD),
+        "70b_resident_cap_b2_l2048": Case(80, FSDP2, 2, 2048, (), goal("resident_2x24gb"), **CARD),
+        "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), goal("fastest_big_cards"), seconds=100),
+        "70b_fewest_bytes_cap_b1_l1024": Case(80, OFFLOADED, 1, 1024, (), goal("fewest_bytes"), **CARD),
         "70b_long_cap_b1_l32768": Case(
-            80,
-            FSDP2,
-            1,
-            32768,
-            OFFLOAD,
-            (*FAST, TO_HOST, "eval_on_start=false", 'eval_strategy="no"'),
-            22.5,
-            seconds=190,
+            80, OFFLOADED, 1, 32768, (), goal("longest_context"), **CARD, seconds=500
         ),
     },
 }
@@ -175,7 +169,25 @@ def main() -> int:
         if options.tar:
             with tarfile.open(options.tar, "w:gz") as archive:
                 archive.add(options.out, arcname=options.out.name)
+    print(ratios(options.out, list(cases)))
     return 1 if failed else 0
+
+
+def ratios(folder: Path, names: list[str]) -> str:
+    """Tokens a second of each case, and how many times that of the first.
+
+    Args:
+        folder: of the results.
+        names: the cases; those without a result or without speed are left out.
+    """
+    files = [folder / f"{name}.json" for name in names]
+    runs = {file.stem: json.loads(file.read_text()) for file in files if file.exists()}
+    speeds = {name: run["measured"]["tokens_per_second"] for name, run in runs.items()}
+    speeds = {name: speed for name, speed in speeds.items() if speed}
+    first = next(iter(speeds.values()), 0)
+    return "\n".join(
+        f"{name:40}{speed:10,.0f} tokens/s{speed / first:8.2f} x" for name, speed in speeds.items()
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line: `python -m nbutils --help`."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
         help="for each cell; otherwise an hour, or the parameter time_limit and ten minutes, whichever is more",
     )
 
+    start = commands.add_parser(
+        "launch",
+        help="accelerate launch, with bad configs refused and the first failing rank's error at the end",
+    )
+    start.add_argument("--config_file", type=Path, help="for accelerate; left out: what fits this machine")
+    start.add_argument("--num_processes", type=int, help="ranks; left out: what the config says")
+    start.add_argument("--log", type=Path, default=Path("runs/launch.log"), help="output of all ranks")
+    start.add_argument(
+        "--timeout", type=float, default=math.inf, help="seconds after which all ranks are ended"
+    )
+    start.add_argument("script", type=Path)
+    start.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+
     script = commands.add_parser("script", help="write the training script of notebook 04 into a folder")
     script.add_argument("folder", type=Path)
 
@@ -43,6 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     refresh.add_argument(
         "--check", action="store_true", help="write nothing; fail if an output says something else"
     )
+
+    workshop = commands.add_parser("workshop", help="make the student edition, the solutions and the archive")
+    workshop.add_argument("--out", type=Path, default=Path("workshop"), help="folder for them")
+    workshop.add_argument("--prove", action="store_true", help="run the student edition out of the archive")
+
+    site = commands.add_parser("site", help="write the whole series as HTML that needs no network")
+    site.add_argument("--out", type=Path, default=Path("site"), help="folder for it")
 
     merge = commands.add_parser("merge", help="merge an adapter into its bf16 base, one tensor at a time")
     merge.add_argument("base", help="folder or hub id of the unquantised base")
@@ -67,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
         return _run(options)
+    if options.command == "launch":
+        return _launch(options)
     if options.command == "refresh":
         return _refresh(options)
     if options.command == "doctor":
@@ -78,6 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
         from nbutils.dryrun import main as dryrun
 
         return dryrun(others)
+    if options.command == "workshop":
+        from nbutils.proving import main as workshop
+
+        return workshop(options.out, options.prove)
+    if options.command == "site":
+        from nbutils.site import main as site
+
+        return site(options.out)
     if options.command == "quantise":
         return _quantise(options)
     if options.command in ("merge", "export"):
@@ -113,6 +144,48 @@ def _run(options: argparse.Namespace) -> int:
         )
         return 130
     return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from nbutils.download import CannotDownload
+    from nbutils.launch import LaunchFailed, choose_config, launch
+    from nbutils.out_of_memory import settings_of
+
+    try:
+        _look_first(options)
+        launch(
+            options.script,
+            options.arguments,
+            options.config_file or choose_config(),
+            log=options.log,
+            num_processes=options.num_processes,
+            output_dir=settings_of(options.arguments).get("output_dir"),
+            timeout=options.timeout,
+        )
+    except (
+        LaunchFailed,
+        FileNotFoundError,
+        CannotDownload,
+        ValueError,
+    ) as error:  # BadConfig is a ValueError
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted; every rank was ended. Go on from the newest checkpoint with --resume true.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _look_first(options: argparse.Namespace) -> None:
+    """If the script is the course's, look at what it will be given before any rank starts."""
+    from nbutils.glance import look
+    from nbutils.out_of_memory import settings_of
+
+    if options.script.is_file() and "refuse_before_loading" in options.script.read_text(encoding="utf-8"):
+        look(settings_of(options.arguments))
 
 
 def _refresh(options: argparse.Namespace) -> int:

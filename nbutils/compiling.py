@@ -25,11 +25,7 @@ def compile_layers(model: PreTrainedModel) -> int:
     Raises:
         ValueError: the launch is FSDP 1's.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") == "1":
-        raise ValueError(
-            "compile_layers wants FSDP 2. Under FSDP 1, PEFT's policy puts units inside attention and MLP, and "
-            "torch.compile gives up after eight compilations of each. Launch with config_fsdp2.yaml, or leave it off."
-        )
+    refuse_fsdp1()
     bnb.nn.Linear4bit.forward = multiply  # for the whole process; a second call changes nothing
     gated = torch.compile(_gated)  # one function for all layers
     layers = model.get_decoder().layers
@@ -38,6 +34,19 @@ def compile_layers(model: PreTrainedModel) -> int:
             part.compile()
         layer.mlp.forward = MethodType(lambda mlp, x: adapter_first(mlp.down_proj, gated(mlp, x)), layer.mlp)
     return len(layers)
+
+
+def refuse_fsdp1() -> None:
+    """Refuse to compile under FSDP 1; the environment of the launch tells the version.
+
+    Raises:
+        ValueError: the launch is FSDP 1's.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            "compile_layers wants FSDP 2. Under FSDP 1, PEFT's policy puts units inside attention and MLP, and "
+            "torch.compile gives up after eight compilations of each. Launch with config_fsdp2.yaml, or leave it off."
+        )
 
 
 def _gated(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:

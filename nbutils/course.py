@@ -103,21 +103,27 @@ def point_latest_to(folder: Path) -> None:
 
 
 def latest(given: str | Path = "") -> Path:
-    """The folder of the run to look at: the one given, or the one `runs/latest` points to.
+    """The folder of the run to look at: the one given, or the newest one that has trained.
+
+    Notebooks 01 to 03 make run folders too; going back to one of them must not hide what notebook 04 has trained.
 
     Args:
-        given: the `run_dir` parameter of a notebook; empty means the latest run.
+        given: the `run_dir` parameter of a notebook; empty means `runs/latest`, or the newest run that has trained.
 
     Returns:
         The folder, relative to the root of the repository.
 
     Raises:
-        FileNotFoundError: there is no run yet.
+        FileNotFoundError: there is no such run yet.
     """
-    folder = Path(given) if given else RUNS / "latest"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist: there is no run to look at. Run notebooks/04_write_and_launch.ipynb first, "
-            "or type: make tutorial"
-        )
-    return folder if given else RUNS / folder.resolve().name
+    if given and Path(given).is_dir():
+        return Path(given)
+    if not given:
+        newest_first = sorted(RUNS.glob("[0-9]*/"), reverse=True)  # their names are times
+        for folder in [RUNS / "latest", *newest_first]:
+            if (folder / "train" / "run.json").is_file():
+                return RUNS / folder.resolve().name
+    raise FileNotFoundError(
+        f"{given or 'A run that has trained'} does not exist: there is no run to look at. "
+        "Run notebooks/04_write_and_launch.ipynb first, or type: make tutorial"
+    )

@@ -43,31 +43,31 @@ LESSONS = [
     Lesson(
         "01_fsdp_config_choices",
         "What does each line of the config do?",
-        2,
+        1,
         30,
         15,
         "nothing more",
     ),
     Lesson(
-        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 2, 20, 15, "nothing more"
+        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 20, 15, "nothing more"
     ),
-    Lesson("03_custom_prep", "What must the prep do, then?", 2, 30, 20, "nothing more"),
-    Lesson("04_write_and_launch", "How do I train?", 3, 15, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
+    Lesson("03_custom_prep", "What must the prep do, then?", 1, 25, 15, "nothing more"),
+    Lesson("04_write_and_launch", "How do I train?", 2, 15, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
     Lesson(
         "05_save_verify_merge",
         "How do I get my model out?",
         2,
-        20,
+        25,
         15,
         "a run of 04; 70B merge: 150 GiB disk",
     ),
     Lesson(
         "06_scale_to_70b",
         "Will 70B fit, and how fast?",
-        2,
+        1,
         25,
         15,
         "GPUs for its dry run; recorded otherwise",
     ),
-    Lesson("07_when_it_breaks", "I see this message.", 2, 15, 10, "nothing more"),
+    Lesson("07_when_it_breaks", "I see this message.", 1, 20, 10, "nothing more"),
 ]

@@ -1,5 +1,6 @@
 """Read an instruction set in any of four common forms and return it in one."""
 
+import json
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -81,7 +82,19 @@ def train_and_heldout(
     return parts["train"], parts["test"]
 
 
-def _read(source: str, split: str) -> Dataset:
+def refuse_unreadable(source: str) -> bool:
+    """Refuse a local file that cannot be read as rows; look at each line of a .jsonl file.
+
+    Args:
+        source: a file, or the id of a data set on the hub.
+
+    Returns:
+        Whether `source` is a file.
+
+    Raises:
+        FileNotFoundError: `source` looks like a file and is not there.
+        ValueError: it is a folder, a pipe, of another type, or a line of it is broken.
+    """
     path = Path(source)
     if path.is_dir():
         raise ValueError(f"{source} is a folder. Name one .json, .jsonl or .parquet file in it.")
@@ -90,12 +103,69 @@ def _read(source: str, split: str) -> Dataset:
             raise FileNotFoundError(
                 f"There is no file {source}. Give a path from {Path.cwd().name}/ or an absolute one."
             )
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError(
+                f"{source} is a pipe or a device. Name a file: every rank reads it from its start."
+            )
         if path.suffix not in READERS:
             raise ValueError(
                 f"{source} ends in {path.suffix or 'nothing'}; wanted .json, .jsonl or .parquet."
             )
+        if path.suffix == ".jsonl":
+            _refuse_a_broken_line(path)
+        return True
+    return False
+
+
+def _read(source: str, split: str) -> Dataset:
+    if refuse_unreadable(source):
+        return _read_file(Path(source))
+    try:
+        return load_dataset(source, split=split)
+    except Exception as problem:  # datasets, the hub client and fsspec each raise their own
+        raise ValueError(
+            f"{source} is no file here, and the hub gives no split {split} of a data set of this name "
+            f"({type(problem).__name__}: {_first_line(problem)}). Look at the spelling; a file ends in .json, .jsonl "
+            "or .parquet; a private or gated set needs: hf auth login"
+        ) from None
+
+
+def _read_file(path: Path) -> Dataset:
+    try:
         return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    return load_dataset(source, split=split)
+    except Exception as problem:  # datasets wraps what pyarrow said into a sentence that names nothing
+        cause = problem.__cause__ or problem
+        raise ValueError(
+            f"{path} cannot be read as {READERS[path.suffix]} ({type(cause).__name__}: {_first_line(cause)}). It is "
+            "empty, cut short, or of another kind than its name says. Write or download it again."
+        ) from None
+
+
+def _refuse_a_broken_line(path: Path) -> None:
+    """Each line on its own: the reader of datasets takes the file in blocks and cannot tell which line it was."""
+    rows = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as problem:  # UnicodeDecodeError is one
+                raise ValueError(
+                    f"{path}, line {number}: this is no JSON ({_first_line(problem)}). Wanted one object a line, in "
+                    "UTF-8. Mend the line or take it out."
+                ) from None
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number}: found {type(row).__name__}, wanted an object with {FORMS}."
+                )
+            rows += 1
+    if not rows:
+        raise ValueError(f"{path} holds no rows. Training needs at least one conversation.")
+
+
+def _first_line(problem: BaseException) -> str:
+    return next((line.strip() for line in str(problem).splitlines() if line.strip()), "no message")
 
 
 def _text(value: object, name: str) -> str:
@@ -113,8 +183,12 @@ def _turn(role: str, content: str) -> dict[str, str]:
 def _from_messages(row: dict) -> list[dict]:
     if not row["messages"]:
         raise ValueError("messages is empty.")
+    if not isinstance(row["messages"], list):
+        raise TypeError(f"messages must be a list, found {type(row['messages']).__name__}.")
     turns = []
     for turn in row["messages"]:
+        if not isinstance(turn, dict):
+            raise TypeError(f"each turn must be {{role, content}}, found {type(turn).__name__}.")
         if turn.get("role") not in ROLES:
             raise ValueError(f"the role {turn.get('role')!r} is not one of {', '.join(ROLES)}.")
         turns.append(_turn(turn["role"], _text(turn.get("content"), f"content of the {turn['role']} turn")))

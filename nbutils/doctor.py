@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from nbutils.needs import GIB, MODELS, Model, gpu_gib, host_gib
+from nbutils.memory import GIB
+from nbutils.needs import MODELS, Model, gpu_gib, host_gib
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +185,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
-    """Each rank loads a whole quantised copy into host memory before FSDP shards it."""
+    """What all ranks hold there, with offload; a large model's checkpoint is mapped beside it."""
     least, comfortable = host_gib(model, ranks)
     found = f"{found_gib:.0f} GiB; {ranks} ranks need {least:.0f}, better {comfortable:.0f}"
     if found_gib >= comfortable:
@@ -192,7 +193,10 @@ def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
     if found_gib >= least:
         return Check("host memory", found, WARN, "Add swap on an NVMe disk, or close other programs.")
     return Check(
-        "host memory", found, FAIL, "Too little to load on every rank: add RAM or swap, or a smaller model."
+        "host memory",
+        found,
+        FAIL,
+        "Too little for the ranks together: add RAM or swap, or take a smaller model.",
     )
 
 
@@ -206,9 +210,9 @@ def hub_cache() -> Path:
 
 
 def check_disk(model: Model, folder: Path) -> Check:
-    """Room for the download (two bytes a parameter) and 2 GiB for runs."""
-    free, wanted = shutil.disk_usage(folder).free / GIB, model.download_gib + 2
-    found = f"{free:.0f} GiB free; download and runs need {wanted:.0f}"
+    """Room for the download (two bytes a parameter), the quantised copy of a large model, and 2 GiB for runs."""
+    free, wanted = shutil.disk_usage(folder).free / GIB, model.disk_gib + 2
+    found = f"{free:.0f} GiB free; model and runs need {wanted:.0f}"
     if free >= wanted:
         return Check("disk", found)
     return Check("disk", found, FAIL, "Free some space, or set HF_HOME to a folder on a larger disk.")

@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -19,7 +20,7 @@ class CannotDownload(RuntimeError):
     """The hub did not give the model; the message says what to do."""
 
 
-def local_folder(model_id: str | Path) -> Path:
+def local_folder(model_id: str | Path, weights: bool = True) -> Path:
     """The folder that holds a model's files; a hub id is downloaded first.
 
     A download that was cut off goes on where it stopped when it is asked for again. Several processes may ask at the
@@ -27,20 +28,26 @@ def local_folder(model_id: str | Path) -> Path:
 
     Args:
         model_id: a local folder, or a hub id such as `meta-llama/Llama-3.1-70B`.
+        weights: False leaves them where they are, and fetches config and tokenizer only.
 
     Raises:
         CannotDownload: the hub refuses, has no such model, or cannot be reached.
     """
     if Path(model_id).is_dir():
         return Path(model_id)
+    if str(model_id).startswith(("/", ".", "~")) or str(model_id).count("/") > 1:
+        raise CannotDownload(
+            f"There is no folder {model_id}. Look at the path; a hub id has the form owner/name."
+        )
     try:
-        return Path(snapshot_download(str(model_id), allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        unwanted = UNWANTED if weights else [*UNWANTED, "*.safetensors"]
+        return Path(snapshot_download(str(model_id), allow_patterns=WANTED, ignore_patterns=unwanted))
     except GatedRepoError:
         raise CannotDownload(
             f"{model_id} is behind a licence. Accept it on https://huggingface.co/{model_id} with your account, make a "
             "read token under Settings > Access Tokens, and type: hf auth login"
         ) from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise CannotDownload(
             f"{model_id} is neither a local folder nor a model that the hub shows you. Look at the spelling; a private "
             "model needs: hf auth login"

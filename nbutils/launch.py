@@ -21,8 +21,11 @@ from pathlib import Path
 
 import psutil
 
+from nbutils.config_faults import refuse_bad_config
 from nbutils.course import ROOT
 from nbutils.follow import read_progress
+from nbutils.kernel_memory import give_back
+from nbutils.out_of_memory import advice
 
 POLL = 0.25  # seconds between two looks at the run
 GRACE = 3.0  # seconds a rank has to end by itself before it is killed
@@ -30,7 +33,7 @@ REHEARSAL = "nbutils.rehearsal"
 
 
 class LaunchFailed(RuntimeError):
-    """A launch did not end well; the message is the first failing rank's own error.
+    """A launch did not end well; the message ends with the first failing rank's own error.
 
     Attributes:
         rank: the rank that failed first, or None if no rank had begun.
@@ -86,10 +89,15 @@ def choose_config(fsdp_version: int = 1, rehearsal: bool | None = None) -> Path:
 
 
 def no_accelerator() -> bool:
-    """Whether this machine shows no CUDA device; asks the driver and creates no CUDA context in this process."""
+    """Whether this machine shows no CUDA device."""
+    return gpus_shown() == 0
+
+
+def gpus_shown() -> int:
+    """CUDA devices of this machine; asks the driver and creates no CUDA context in this process."""
     import torch
 
-    return torch.cuda.device_count() == 0
+    return torch.cuda.device_count()
 
 
 def launch(
@@ -126,18 +134,27 @@ def launch(
         The command, the log, the seconds and the progress lines.
 
     Raises:
+        BadConfig: the config file would not start what was meant; nothing was started or written.
+        FileNotFoundError: there is no such script; as above.
         LaunchFailed: the exit status was not zero, or the time was up.
         KeyboardInterrupt: passed on after every rank has been ended.
     """
     rehearsal = no_accelerator() if rehearsal is None else rehearsal
     module = module or (REHEARSAL if rehearsal else None)
+    content = refuse_bad_config(config, num_processes, gpus=None if rehearsal else gpus_shown())
+    if not Path(script).is_file():
+        raise FileNotFoundError(f"There is no script {script}. Write it: python -m nbutils script FOLDER")
     log = Path(log)
     log.parent.mkdir(parents=True, exist_ok=True)
     rank_logs = log.with_name(log.stem + "_ranks") / time.strftime("%H%M%S", time.gmtime())
-    command = launch_command(script, args, config, module, num_processes)
+    any_port = content.get("num_machines", 1) == 1  # several machines must agree on the one in the file
+    command = launch_command(script, args, config, module, num_processes, any_port)
     words = command[:2] + ["--log_dir", str(rank_logs), "--tee", "3"] + command[2:]
     if show:
         print(copyable(command), flush=True)
+
+    if in_the_way := give_back():
+        print(in_the_way, flush=True)
 
     seen_before = len(read_progress(output_dir)) if output_dir else 0
     display = _Display(show, live)
@@ -150,6 +167,8 @@ def launch(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={
+                # Blocks that can grow: without them a GPU that is nearly full ends with room that nothing fits into.
+                "PYTORCH_ALLOC_CONF": "expandable_segments:True",
                 **os.environ,
                 "PYTHONUNBUFFERED": "1",
                 "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
@@ -164,8 +183,8 @@ def launch(
                 display.update(_new_lines(output_dir, seen_before), seconds)
                 if seconds > timeout:
                     raise LaunchFailed(
-                        f"The launch had not ended after {timeout:g} s, and all its ranks were ended. Allow it more "
-                        f"with timeout=..., or see in the log where it stands: {log}",
+                        f"The log of all ranks, which shows where they stood: {log}\nThe launch had not ended after "
+                        f"{timeout:g} s, and all its ranks were ended. Allow it more with timeout=...",
                         log=log,
                     )
                 time.sleep(POLL)
@@ -175,7 +194,10 @@ def launch(
     seconds = time.monotonic() - started
     display.close(progress, seconds, ok=launcher.returncode == 0)
     if launcher.returncode != 0:
-        raise first_failure(log, rank_logs, launcher.returncode)
+        failure = first_failure(log, rank_logs, launcher.returncode)
+        if "OutOfMemoryError" in failure.error and (told := advice(args, config, num_processes)):
+            failure.args = (f"{told}\n{failure}",)
+        raise failure
     return LaunchResult(copyable(command), log, seconds, progress)
 
 
@@ -185,9 +207,12 @@ def launch_command(
     config: str | Path,
     module: str | None = None,
     num_processes: int | None = None,
+    any_port: bool = True,
 ) -> list[str]:
     """The words of the command line, as a reader would type it; port 0 means any free port."""
-    words = ["accelerate", "launch", "--config_file", str(config), "--main_process_port", "0"]
+    words = ["accelerate", "launch", "--config_file", str(config)]
+    if any_port:
+        words += ["--main_process_port", "0"]
     if num_processes is not None:
         words += ["--num_processes", str(num_processes)]
     if module:
@@ -269,6 +294,11 @@ def _without_interrupts():
 
 # ---- which rank failed first ----------------------------------------------------------------------------------------
 
+WHY_KILLED = {
+    signal.SIGKILL: " The kernel does this when host memory runs out.",
+    signal.SIGBUS: " A file that it had mapped became shorter or its disk went away: the model's, most likely.",
+    signal.SIGXFSZ: " A file it wrote reached the limit for its size: see `ulimit -f`.",
+}
 _FAILED = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) \(pid: (\d+)\)")
 _ENDED_BY_AGENT = re.compile(r"Sending process (\d+) closing signal")
 
@@ -291,14 +321,15 @@ def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
     text = log.read_text(errors="replace")
     ended_by_agent = {int(pid) for pid in _ENDED_BY_AGENT.findall(text)}
     exits = {int(rank): (int(code), int(pid)) for rank, code, pid in _FAILED.findall(text)}
-    where = f"The log of all ranks: {log}"
+    where = (
+        f"The log of all ranks: {log}\n"  # the cause comes last: it is what a terminal shows at the bottom
+    )
 
     for rank, (code, pid) in sorted(exits.items()):
         if code < 0 and pid not in ended_by_agent and -code not in (signal.SIGABRT, signal.SIGTERM):
             name = signal.Signals(-code).name
-            hint = " The kernel does this when host memory runs out." if -code == signal.SIGKILL else ""
-            error = f"Rank {rank} was killed by signal {-code} ({name}).{hint}"
-            return LaunchFailed(f"{error}\n{where}", log=log, rank=rank, error=error, returncode=returncode)
+            error = f"Rank {rank} was killed by signal {-code} ({name}).{WHY_KILLED.get(-code, '')}"
+            return LaunchFailed(where + error, log=log, rank=rank, error=error, returncode=returncode)
 
     errors = []  # (time, rank, message, place)
     for folder in (path for path in rank_logs.glob("*/attempt_*/*") if path.name.isdigit()):
@@ -312,13 +343,13 @@ def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
             errors.append(((folder / "stderr.log").stat().st_mtime_ns, rank, tail, ""))
     if errors:
         _, rank, error, place = min(errors)
-        message = f"Rank {rank} failed first:\n{error}\n{place}{where}"
+        message = f"{where}Rank {rank} failed first{place}:\n{error}"
         return LaunchFailed(message, log=log, rank=rank, error=error, returncode=returncode)
     error = _last_words(text)
     message = (
-        f"accelerate launch ended with exit status {returncode} before any rank reported an error:\n{error}"
+        f"{where}accelerate launch ended with exit status {returncode} before any rank reported an error:\n"
     )
-    return LaunchFailed(f"{message}\n{where}", log=log, error=error, returncode=returncode)
+    return LaunchFailed(message + error, log=log, error=error, returncode=returncode)
 
 
 def _recorded(path: Path) -> tuple[str, str]:
@@ -334,7 +365,7 @@ def _recorded(path: Path) -> tuple[str, str]:
     if not frames:
         return message["message"], ""
     file, line, function = frames[-1]
-    return message["message"], f"  in {function}(), {_short(file)}, line {line}\n"
+    return message["message"], f", in {function}(), {_short(file)}, line {line}"
 
 
 def _short(path: str) -> str:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from nbutils.chat import ready_for_chat
-from nbutils.checkpoint import BadCheckpoint, Checkpoint
+from nbutils.checkpoint import BadCheckpoint, Checkpoint, refuse_other_quantisations
 from nbutils.course import RUNS
 from nbutils.download import local_folder
 from nbutils.quantise import nf4_config, progress, quantise_tensor, write_nf4
@@ -57,7 +57,7 @@ def load_nf4(model_id: str) -> PreTrainedModel:
             return _load_bf16(checkpoint, config)
         folder = _quantised_copy(checkpoint)
         config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
-    _refuse_other_quantisations(config.quantization_config, folder)
+    refuse_other_quantisations(config.quantization_config, folder)
     return _load_quantised(checkpoint, config)
 
 
@@ -188,18 +188,6 @@ def _needed(checkpoint: Checkpoint, model: PreTrainedModel, bar=None) -> Iterato
 def _stored_as_bf16(packed: torch.Tensor) -> torch.Tensor:
     """The same packed bytes as bf16, whatever dtype they are stored in: uint8 is what most of the hub has."""
     return packed.contiguous().view(-1).view(torch.bfloat16).view(-1, 1)
-
-
-def _refuse_other_quantisations(found, folder: Path) -> None:
-    settings = found if isinstance(found, dict) else found.to_dict()
-    kind = (
-        settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
-    )
-    if kind != "nf4":
-        raise BadCheckpoint(
-            f"{folder} is quantised as {kind}; wanted NF4 of bitsandbytes. Take the model's bf16 checkpoint, and "
-            "quantise it once: python -m nbutils quantise MODEL OUT"
-        )
 
 
 def _quantised_copy(checkpoint: Checkpoint) -> Path:

@@ -246,6 +246,7 @@ def plan(
         moments = _fsdp1(sizes, setup)
     else:
         moments = _fsdp2(sizes, setup)
+    moments = {name: {what: size for what, size in items.items() if size} for name, items in moments.items()}
     return Plan(moments, _host(sizes, setup, spare_host))
 
 

@@ -1,8 +1,10 @@
-"""What a model needs, by counting: bytes on the GPUs, in host memory and on disk. Predicted; notebook 06 measures."""
+"""What a model needs at the least: on the GPUs, in host memory and on disk. Predicted; notebook 06 measures."""
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from nbutils.memory import GIB, LIBRARIES_CPU, OUTSIDE, SHAPES, Setup, plan
+
+IN_MEMORY_GB = 20  # a bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.loading
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,23 @@ class Model:
 
     @property
     def copy_gib(self) -> float:
-        """One whole quantised copy, as each rank holds it in host memory after loading."""
+        """One whole quantised copy."""
         return self.nf4_gib + self.kept_gib + self.tables_gib
 
     @property
     def download_gib(self) -> float:
         """The checkpoint on the hub: two bytes for every parameter."""
         return (self.linear + self.kept) * 2 / GIB
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the quantised copy is written to disk once, and mapped from there by all ranks."""
+        return self.download_gib * GIB > IN_MEMORY_GB * 1e9
+
+    @property
+    def disk_gib(self) -> float:
+        """The download, and the quantised copy if it is written."""
+        return self.download_gib + (self.copy_gib if self.mapped else 0)
 
 
 def _llama(
@@ -67,15 +79,9 @@ MODELS = {
     "llama31_70b": Model("llama31_70b", *_llama(8192, 28_672, 80, 1024, 128_256, False)),
 }
 
-# Activations of one layer, the logits of one chunk, the adapter with its optimizer, and PyTorch's fragmentation. A
-# planning figure: with 1024 tokens a step, 2 to 4 GiB are in use, and the allocator reserves more.
-WORKING_ROOM_GIB = 6.0
-# CUDA's context and NCCL's buffers stand outside PyTorch's allocator.
-OUTSIDE_ALLOCATOR_GIB = 1.5
-
 
 def gpu_gib(model: Model, gpus: int, offload: bool) -> float:
-    """GPU memory that one rank needs under FULL_SHARD.
+    """GPU memory that one rank needs with FSDP 1 and one row of 1,024 tokens.
 
     Args:
         model: one of MODELS.
@@ -83,19 +89,24 @@ def gpu_gib(model: Model, gpus: int, offload: bool) -> float:
         offload: the shards live in host memory between uses.
 
     Returns:
-        GiB: the shard (unless offloaded), the quantisation state, the gathered root unit (embedding and head), one
-        gathered layer twice (this one and the prefetched one), and working room.
+        GiB: the plan's highest moment, and what CUDA and NCCL take beside it.
     """
-    shard = 0.0 if offload else (model.nf4_gib + model.kept_gib) / gpus
-    two_layers = 2 * model.nf4_gib / model.layers
-    return shard + model.tables_gib + model.kept_gib + two_layers + WORKING_ROOM_GIB + OUTSIDE_ALLOCATOR_GIB
+    setup = Setup(world_size=gpus, fsdp_version=1, offload=offload)
+    return (plan(SHAPES[model.name], setup, batch=1, length=1024).gpu_peak_bytes + OUTSIDE) / GIB
 
 
 def host_gib(model: Model, ranks: int) -> tuple[float, float]:
-    """Host memory for all ranks together.
+    """Host memory for all ranks together, with offload.
 
     Returns:
-        (least, comfortable) in GiB: each rank loads one whole quantised copy; while FSDP moves it, and with offload
-        all the time, up to a second one stands beside it. 2 GiB a process come on top.
+        (least, comfortable) in GiB. A model that is quantised in memory stands there once a rank while FSDP copies it.
+        A mapped one costs nothing but time if its pages do not stay in memory; comfortable is with all of them.
     """
-    return ranks * (model.copy_gib + 2), ranks * (2 * model.copy_gib + 2)
+    setup = Setup(world_size=ranks, fsdp_version=1, offload=True)
+    host = plan(SHAPES[model.name], setup, batch=1, length=1024).host
+    if not model.gpu_needed:
+        host["Python and libraries"] = LIBRARIES_CPU
+    held = ranks * sum(host.values()) / GIB
+    if model.mapped:
+        return held, held + model.copy_gib
+    return held + ranks * model.copy_gib, held + ranks * model.copy_gib + 2

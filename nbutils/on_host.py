@@ -1,5 +1,7 @@
 """Embedding and output head in host memory: 3.9 GiB of a 70B model that no GPU has to hold, with the same numbers."""
 
+import os
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -97,3 +99,20 @@ def keep_embeddings_on_host(model: PreTrainedModel) -> PreTrainedModel:
     model.get_decoder().register_forward_pre_hook(on_host.drop)
     model.get_decoder().register_forward_hook(on_host.fetch)
     return model
+
+
+def refuse_offloaded_head() -> None:
+    """Refuse FSDP 2 with parameters in host memory and an output head that is one of them.
+
+    Raises:
+        ValueError: the launcher's environment asks for both. TRL would take the loss to where the head lies, the CPU,
+            and NCCL would refuse to gather its metrics in the first step, after everything was loaded.
+    """
+    asked = (
+        os.environ.get("FSDP_VERSION") == "2" and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+    )
+    if asked and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "FSDP 2 with fsdp_offload_params wants embeddings_on_host: true; without it the first step fails with "
+            "`Tensors must be CUDA and dense`. Set it, as the files in configs/goals do, or take FSDP 1."
+        )

@@ -6,6 +6,7 @@ literals; so the cell can be read without being run.
 
 import ast
 import difflib
+import importlib.util
 import types
 import typing
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ LIMITS = {
     "max_steps": (lambda value: value >= 1 or value == -1, "it must be at least 1, or -1 for whole epochs"),
     "time_limit": (lambda value: value >= 60, "it must be at least 60 seconds"),
     "learning_rate": (lambda value: 0 < value < 1, "it must lie between 0 and 1"),
+    "report_to": (lambda value: value in ("none", "tensorboard"), "it must be none or tensorboard"),
 }
 
 
@@ -224,6 +226,8 @@ def _fault(name: str, value, declared: dict[str, Parameter]) -> str | None:
         return found + _hint(value, parameter)
     if name in LIMITS and value is not None and not LIMITS[name][0](value):
         return f"{name}: found {value!r}, and {LIMITS[name][1]}."
+    if name == "report_to" and value == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        return f"{name}: tensorboard is not installed in this environment. Type: pip install tensorboard"
     if _names_a_missing_file(name, value):
         return f"{name}: there is no file or folder {value}. Paths begin at the root of the repository."
     return None

@@ -14,6 +14,8 @@ file and then trains with plain DDP, without a word. Three things stand in the w
    packed bytes then meet code that expects the usual order, and every later loss is wrong.
 5. Accelerate asks FSDP 1 for a full state dict moved to the CPU. From CPU to CPU nothing is copied, and FSDP frees
    what it believes it has copied: `setStorage: ... out of bounds for storage of size 0`.
+6. On a CPU, transformers leaves `ddp_timeout` out when it makes the process group, and a rank would wait half an hour
+   for one that is gone.
 
 A tiny launch is mostly imports. Three things make them and the end of the process shorter; what each one saves stands
 in docs/speed_log.md: less garbage collection, no collection at the end, and bitsandbytes without torch's compiler.
@@ -68,13 +70,19 @@ def _import_bitsandbytes_without_the_compiler() -> None:
 
 def _join_the_gloo_group_by_default() -> None:
     from accelerate import PartialState
+    from transformers import TrainingArguments
 
-    plain_init = PartialState.__init__
+    plain_init, plain_post_init = PartialState.__init__, TrainingArguments.__post_init__
+    asked = {}
+
+    def post_init(self):  # which makes the process group
+        asked["timeout"] = self.ddp_timeout_delta
+        plain_post_init(self)
 
     def init(self, cpu=True, **kwargs):
-        plain_init(self, cpu=True, **kwargs)
+        plain_init(self, cpu=True, **{**asked, **kwargs})
 
-    PartialState.__init__ = init
+    TrainingArguments.__post_init__, PartialState.__init__ = post_init, init
 
 
 def _let_accelerate_choose_fsdp() -> None:
@@ -123,8 +131,17 @@ def main() -> None:
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
+        _leave_the_group()
     finally:
         gc.freeze()  # at its end the interpreter would look through all of them once more, for nothing
+
+
+def _leave_the_group() -> None:
+    """End gloo's threads before the interpreter ends; a rank that had done its work was once aborted at its exit."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

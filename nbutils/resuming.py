@@ -27,6 +27,7 @@ from nbutils.checkpoints import (
     save_pieces,
     write_checkpoint,
 )
+from nbutils.nan_guard import stop_at_no_number
 from nbutils.saving import config_for_file
 from nbutils.shards import SaveError, peft_model, rank
 
@@ -43,11 +44,12 @@ class ResumableTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.load_best_model_at_end or self.args.save_only_model or self.args.push_to_hub:
-            raise ValueError(
-                "Found load_best_model_at_end, save_only_model or push_to_hub; these checkpoints are made to resume "
-                "from and serve none of them. Leave them off, and export the adapter of any checkpoint afterwards."
-            )
+        refuse_what_checkpoints_do_not_serve(self.args)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        stop_at_no_number(loss, self.state.global_step + 1, self.args.learning_rate)
+        return loss
 
     def checkpoint_to_resume(self, resume: bool) -> str | None:
         """Choose what `train(resume_from_checkpoint=...)` begins with. Every rank must call it.
@@ -111,7 +113,21 @@ class ResumableTrainer(SFTTrainer):
             self._total_train_tokens = notes["tokens"]
 
 
-def refuse_before_loading(output_dir: str | Path, resume: bool) -> None:
+def refuse_what_checkpoints_do_not_serve(args) -> None:
+    """Refuse settings of the Trainer that want checkpoints of another kind.
+
+    Raises:
+        ValueError: naming them.
+    """
+    names = ("load_best_model_at_end", "save_only_model", "push_to_hub")
+    if found := [name for name in names if getattr(args, name)]:
+        raise ValueError(
+            f"Found {', '.join(found)}; these checkpoints are made to resume from and do not serve that. Leave it "
+            "off, and export the adapter of any checkpoint afterwards."
+        )
+
+
+def refuse_what_cannot_be_resumed(output_dir: str | Path, resume: bool) -> None:
     """Refuse before a large model is loaded what `checkpoint_to_resume` would refuse after it, as far as one can see.
 
     Every rank must call it, with the process group there (`PartialState()` makes it).

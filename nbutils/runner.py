@@ -118,6 +118,12 @@ def run_series(
     for name, text in (overrides or {}).items():
         values[name] = parameters.from_command_line(name, text, contracts)
     parameters.check(values, contracts)
+    if "run_dir" in values:
+        raise parameters.BadParameters(
+            "run_dir: found it given, and the runner fills it in itself. Use --run-dir."
+        )
+    if any(entry.name == TRAINING_NOTEBOOK for entry in entries):
+        look_first(values)
 
     cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
 
@@ -139,6 +145,29 @@ def run_series(
     if missing:
         raise SeriesFailed("The run lacks what it promised:\n  " + "\n  ".join(missing))
     return run_dir
+
+
+def look_first(values: dict) -> None:
+    """Look at model and data in the first seconds, and not after the notebooks that come before training.
+
+    Args:
+        values: parameters that were given; defaults of the notebooks are known to be good.
+
+    Raises:
+        BadParameters: with what the training script would say.
+    """
+    given = {name: values.get(name) for name in ("model", "dataset", "heldout_dataset")}
+    if given["model"] == "tiny":
+        given["model"] = None
+    if not any(given.values()):
+        return
+    from nbutils.download import CannotDownload
+    from nbutils.glance import look  # two seconds of imports
+
+    try:
+        look(given)
+    except (CannotDownload, FileNotFoundError, ValueError) as problem:
+        raise parameters.BadParameters(str(problem)) from None
 
 
 def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout: int) -> None:

@@ -68,7 +68,7 @@ def save_adapter(
     problem = None
     if rank() == 0:
         try:
-            _reject_foreign_folder(folder)
+            reject_foreign_folder(folder)
             reject_bad_tensors(gathered.tensors, allow_untrained)
             _write(unfinished, gathered.tensors, config_for_file(model, adapter_name), tokenizer)
         except Exception as error:  # told to every rank: they would wait for ever
@@ -188,7 +188,15 @@ def _reject_bad_config(folder: Path) -> None:
     LoraConfig.from_pretrained(str(folder))
 
 
-def _reject_foreign_folder(folder: Path) -> None:
+def reject_foreign_folder(folder: Path) -> None:
+    """Refuse to replace what is no adapter.
+
+    Args:
+        folder: where an adapter is to go.
+
+    Raises:
+        SaveError: something else is there.
+    """
     if not folder.exists():
         return
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]

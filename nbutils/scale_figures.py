@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import yaml
 
 from nbutils import plots
-from nbutils.memory import CARDS, GIB, SHAPES, Plan, Setup, plan
+from nbutils.memory import CARDS, GIB, SHAPES, Choices, Plan, Setup, plan
 
 COLOURS = [plots.BLUE, plots.ORANGE, plots.SKY, plots.GREEN, plots.PURPLE, "#999999"]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\"]
@@ -22,7 +23,7 @@ def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
     """
     files = sorted(Path(folder).glob("*.json"))
     runs = {path.stem: json.loads(path.read_text()) for path in files}
-    dry = {name: run for name, run in runs.items() if "gpu_peak_bytes" in run.get("predicted", {})}
+    dry = {name: run for name, run in runs.items() if run.get("outcome") in ("ok", "oom")}
     return dict(sorted(dry.items(), key=lambda item: (not item[0].startswith("fit_"), item[0])))
 
 
@@ -40,7 +41,14 @@ def plan_of(run: dict) -> Plan:
         config["seq_len"],
         config["lora_r"],
         spare_host=config["spare_host_memory"],
+        choices=choices_of(run),
     )
+
+
+def choices_of(run: dict) -> Choices:
+    """What the settings of a recorded run decided about memory."""
+    pairs = (setting.split("=", 1) for setting in run["config"].get("settings", []))
+    return Choices.read({name: yaml.safe_load(value) for name, value in pairs})
 
 
 def compare_with_records(runs: dict[str, dict]) -> None:
@@ -100,6 +108,35 @@ def draw_plans(
     plots.show(figure, f"Stacked bars of the memory plan. {text}. Dashed lines: {lines}.")
 
 
+def draw_speeds(runs: dict[str, dict]) -> None:
+    """Draw tokens a second of recorded runs, the first as the baseline, with memory and ratio beside each bar.
+
+    Args:
+        runs: by label.
+    """
+    speeds = [run["measured"]["tokens_per_second"] for run in runs.values()]
+    figure, axes = plt.subplots(figsize=(7.2, 0.55 * len(runs) + 1.2))
+    rows = []
+    for row, (label, run) in enumerate(runs.items()):
+        config, peak = run["config"], run["measured"]["gpu_peak_bytes"] / GIB
+        colour = plots.ORANGE if config["cap_gib"] else plots.BLUE
+        axes.barh(
+            row, speeds[row], 0.6, color=colour, hatch="" if config["cap_gib"] else "///", edgecolor="white"
+        )
+        ratio = speeds[row] / speeds[0]
+        axes.text(speeds[row], row, f" {speeds[row]:,.0f} tokens/s, {ratio:.2f} x", va="center", fontsize=8)
+        shape = f"{config['batch_size']} x {config['seq_len']:,}"
+        cap = f"{config['cap_gib']} GiB" if config["cap_gib"] else "none"
+        rows.append([label, shape, cap, f"{peak:.1f}", f"{speeds[row]:,.0f}", f"{ratio:.2f}"])
+    axes.set_yticks(range(len(runs)), runs)
+    axes.set_ylim(len(runs) - 0.5, -0.6)
+    axes.set_xlim(0, 1.45 * max(speeds))
+    axes.set_xlabel("tokens a second over both GPUs; hatched: no cap")
+    text = "; ".join(f"{label} {speed:,.0f}" for label, speed in zip(runs, speeds))
+    plots.show(figure, f"Bars of tokens a second over two H200s: {text}.")
+    plots.table(["", "rows a GPU", "cap", "GiB at the peak", "tokens/s", "ratio"], rows)
+
+
 def hours(tokens: float, tokens_per_second: float) -> float:
     """Hours for so many tokens at a speed over all GPUs."""
     return tokens / tokens_per_second / 3600
@@ -118,7 +155,8 @@ def pcie_estimate(
 
     Each rank copies its shard from host memory and receives the others', both once for the forward and once for the
     backward pass. Frozen weights cost 6 FLOP a parameter and token when the forward pass is computed twice (forward,
-    again, gradients of the inputs). Transfers and computing are taken as one after the other.
+    again, gradients of the inputs). Transfers and computing come one after the other (`step`), or the shorter hides
+    behind the longer (`hidden_step`): a real run lies between.
 
     Args:
         weights: bytes of the whole packed model, embedding and head included.
@@ -130,16 +168,19 @@ def pcie_estimate(
         tflops: what a GPU really reaches in bf16, in TFLOP/s.
 
     Returns:
-        `transfer`, `compute`, `step` in seconds and `tokens_per_second` over all ranks.
+        `transfer`, `compute`, `step`, `hidden_step` in seconds and `tokens_per_second` over all ranks for each of the
+        two: `tokens_per_second`, `hidden_tokens_per_second`.
     """
     copied = 2 * weights / ranks
     received = 2 * weights * (ranks - 1) / ranks
     transfer = copied / (host_gbs * 1e9) + received / (between_gbs * 1e9)
     compute = 6 * parameters * tokens / (tflops * 1e12)
-    step = transfer + compute
+    step, hidden = transfer + compute, max(transfer, compute)
     return {
         "transfer": transfer,
         "compute": compute,
         "step": step,
+        "hidden_step": hidden,
         "tokens_per_second": tokens * ranks / step,
+        "hidden_tokens_per_second": tokens * ranks / hidden,
     }

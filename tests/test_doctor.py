@@ -1,5 +1,6 @@
 """The doctor: each check says OK, WARN or FAIL where it should, with something to do."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 from nbutils import doctor
 from nbutils.course import ROOT
 from nbutils.doctor import FAIL, OK, WARN
-from nbutils.needs import MODELS
+from nbutils.memory import GIB
+from nbutils.needs import MODELS, host_gib
 
 BIG, TINY = MODELS["llama31_70b"], MODELS["tiny"]
 RTX3090 = {"name": "NVIDIA GeForce RTX 3090", "gib": 24.0, "capability": 8.6}
@@ -52,11 +54,25 @@ def test_an_old_card_without_bf16_fails():
     assert verdicts(BIG, [RTX3090 | {"capability": 7.5}] * 2)["bf16"] == FAIL
 
 
-def test_host_memory_is_counted_a_rank():
-    assert doctor.check_host_memory(BIG, 2, 256).verdict == OK
-    assert doctor.check_host_memory(BIG, 2, 128).verdict == WARN
-    assert doctor.check_host_memory(BIG, 2, 64).verdict == FAIL
-    assert doctor.check_host_memory(BIG, 4, 128).verdict == FAIL  # four ranks hold four copies
+def test_host_memory_is_what_was_measured_and_not_a_copy_a_rank():
+    recorded = json.loads((ROOT / "benchmarks/results/70b_fsdp1_offload_cap_b1_l2048.json").read_text())
+    measured = recorded["measured"]["host_bytes"] / GIB  # both ranks together
+    least, comfortable = host_gib(BIG, 2)
+    assert least == pytest.approx(measured, rel=0.05)
+    assert doctor.check_host_memory(BIG, 2, comfortable + 1).verdict == OK
+    assert (
+        doctor.check_host_memory(BIG, 2, least + 1).verdict == WARN
+    )  # the mapped checkpoint will be read again
+    assert doctor.check_host_memory(BIG, 2, least - 1).verdict == FAIL
+    four = host_gib(BIG, 4)[0]
+    assert least < four < 1.3 * least  # four ranks share the weights as two do: each brings its own libraries
+
+
+def test_a_small_model_is_quantised_by_each_rank_for_itself():
+    small = MODELS["llama31_8b"]
+    assert not small.mapped and small.disk_gib == small.download_gib
+    assert BIG.mapped and BIG.disk_gib == BIG.download_gib + BIG.copy_gib
+    assert host_gib(small, 2)[0] > 2 * small.copy_gib
 
 
 def test_the_link_is_read_from_the_table_of_nvidia_smi(monkeypatch):

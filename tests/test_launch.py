@@ -1,6 +1,7 @@
 """Real launches of tiny scripts: what a launch shows, what it says when a rank fails, and that no rank survives it."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import yaml
 from jupyter_client import KernelManager
 
 from nbutils.course import ROOT
@@ -101,11 +103,12 @@ def test_the_first_failing_rank_is_named_with_its_own_error(tmp_path):
     with pytest.raises(LaunchFailed) as failed:
         run(path, tmp_path)
     message = str(failed.value)
-    assert message.startswith(
-        "Rank 1 failed first:\nValueError: the shard of rank 1 is damaged\n  in main(), script.py"
-    )
+    assert re.fullmatch(
+        r"The log of all ranks: .*/launch\.log\nRank 1 failed first, in main\(\), script\.py, line \d+:\n"
+        r"ValueError: the shard of rank 1 is damaged",
+        message,
+    ), message
     assert "SIGTERM" not in message
-    assert message.endswith(str(tmp_path / "launch.log"))
     assert (failed.value.rank, failed.value.returncode) == (1, 1)
     assert ranks_of(path) == []
 
@@ -124,7 +127,7 @@ def test_a_later_error_of_a_rank_that_waited_does_not_hide_the_cause(tmp_path):
         main()
         """,
     )
-    with pytest.raises(LaunchFailed, match=r"Rank 1 failed first:\nValueError: the cause"):
+    with pytest.raises(LaunchFailed, match=r"Rank 1 failed first, in .*:\nValueError: the cause$"):
         run(path, tmp_path)
 
 
@@ -139,6 +142,31 @@ def test_a_script_that_records_nothing_and_exits_with_a_sentence(tmp_path):
     )
     with pytest.raises(LaunchFailed, match=r"Rank 1 failed first:\n.*max_length is 0"):
         run(path, tmp_path)
+
+
+def test_out_of_gpu_memory_comes_with_the_plan(tmp_path):
+    """The error is torch's own class; no card is needed to raise it."""
+    path = script(
+        tmp_path,
+        """
+        import torch
+
+        @record
+        def main():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.96 GiB.")
+
+        main()
+        """,
+    )
+    settings = {"model": "llama31_70b", "per_device_train_batch_size": 4, "max_length": 2048, "lora_r": 16}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(LaunchFailed) as failed:
+        run(path, tmp_path, ["--config", str(tmp_path / "train.yaml")])
+    first, *_, last = str(failed.value).splitlines()
+    assert re.match(
+        r"The plan for these settings: [\d.]+ GiB a rank .* Change first: one row a rank instead of 4", first
+    )
+    assert last == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.96 GiB."
 
 
 def test_a_rank_that_is_killed_from_outside_is_said_to_be(tmp_path):
@@ -160,8 +188,10 @@ def test_a_rank_that_is_killed_from_outside_is_said_to_be(tmp_path):
 
 
 def test_a_launch_that_cannot_start_says_why(tmp_path):
-    with pytest.raises(LaunchFailed, match=r"can't open file .*missing\.py"):
+    with pytest.raises(FileNotFoundError, match=r"There is no script .*missing\.py"):
         run(tmp_path / "missing.py", tmp_path)
+    with pytest.raises(LaunchFailed, match=r"SyntaxError"):
+        run(script(tmp_path, "if:"), tmp_path)
 
 
 def test_a_time_out_ends_every_rank(tmp_path):
@@ -271,4 +301,4 @@ def test_a_damaged_error_file_does_not_hide_the_failure(tmp_path):
     folder.mkdir(parents=True)
     (folder / "error.json").write_text('{"message": {"mess')
     failed = first_failure(tmp_path / "log", tmp_path / "ranks", 1)
-    assert str(failed).startswith("Rank 1 failed first:\n(its error file is damaged")
+    assert "Rank 1 failed first:\n(its error file is damaged" in str(failed)

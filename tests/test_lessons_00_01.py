@@ -1,6 +1,7 @@
 """Lessons 00 and 01: they cover every key, they run, and what they say is what was measured."""
 
 import json
+import math
 import re
 
 import nbformat
@@ -63,6 +64,21 @@ def test_the_map_names_every_notebook():
     assert [lesson.name[:2] for lesson in LESSONS] == [f"{n:02d}" for n in range(8)]
     there = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
     assert there <= {lesson.name for lesson in LESSONS}
+
+
+TIMES = re.compile(
+    r"\*Time: tiny run (\d+) (second|minute)s? · reading (\d+) minutes · exercises (\d+) minutes"
+)
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_a_notebook_begins_with_the_minutes_of_the_map(lesson):
+    path = ROOT / "notebooks" / f"{lesson.name}.ipynb"
+    if not path.exists():
+        pytest.skip("not written yet")
+    run, unit, reading, exercises = TIMES.search(nbformat.read(path, as_version=4).cells[0].source).groups()
+    minutes = math.ceil(int(run) / (60 if unit == "second" else 1))
+    assert (minutes, int(reading), int(exercises)) == (lesson.run, lesson.reading, lesson.exercises)
 
 
 def test_a_result_that_is_not_recorded_is_said_to_be_missing():

@@ -160,3 +160,37 @@ def test_cards_and_advice():
     advice = what_to_change(shape, Setup(2, 1, False), 1, 1024, 16, int(22.5 * GIB))
     assert any("host memory" in line and line.endswith("fits") for line in advice)
     assert what_to_change(shape, Setup(2, 1, True), 1, 1024, 16, int(22.5 * GIB)) == []
+
+
+def test_the_readme_shows_what_was_recorded():
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    shown = [line for line in readme.splitlines() if line.startswith("  | ") and "GiB" in line]
+    files = [
+        "70b_fsdp1_offload_cap_b2_l2048",
+        "70b_fast_cap_b4_l2048",
+        "70b_resident_cap_b2_l2048",
+        "long_context_70b",
+    ]
+    for line, name in zip(shown, [*files, "70b_big_cards_b2_l2048"], strict=True):
+        run = json.loads((RESULTS / f"{name}.json").read_text())
+        config, measured = run["config"], run["measured"]
+        rows = f"{config['batch_size']} x {config['seq_len']:,}"
+        peak, speed = measured["gpu_peak_bytes"] / GIB, measured["tokens_per_second"]
+        assert line.endswith(f"| {rows} | {peak:.1f} GiB | {speed:,.0f} |"), line
+
+
+def test_the_goals_fit_where_they_say():
+    goals = RESULTS.parents[1] / "configs" / "goals"
+    cases = {
+        "fewest_bytes": (True, 1, 1024, 22.5), "fastest_2x24gb": (True, 4, 2048, 22.5),
+        "resident_2x24gb": (False, 2, 2048, 22.5), "longest_context": (True, 1, 32768, 22.5),
+        "fastest_big_cards": (False, 2, 2048, 139.8),
+    }  # fmt: skip
+    assert {path.stem for path in goals.glob("*.yaml")} == set(cases)
+    peaks = {}
+    for name, (offload, batch, length, card) in cases.items():
+        choices = Choices.read(yaml.safe_load((goals / f"{name}.yaml").read_text()))
+        planned = plan(SHAPES["llama31_70b"], Setup(2, 2, offload), batch, length, choices=choices)
+        peaks[name] = planned.gpu_peak_bytes / GIB
+        assert peaks[name] < card, name
+    assert min(peaks, key=peaks.get) == "fewest_bytes"

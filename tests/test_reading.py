@@ -101,12 +101,15 @@ def test_outputs_are_written_back_without_what_is_private():
 SAME = {
     "times": ("trained in 12.3 s, 0:14 left", "trained in 9 s, 1:02:14 left"),
     "dates": ("runs/2026-11-22T11-28-36Z/x", "runs/2027-01-02T01-02-03Z/x"),
+    "who was first": ("Rank 0 failed first:", "Rank 1 failed first:"),
+    "hashes": ("sha256 99f3df4cd630", "sha256 35a7f54a9896"),
     "rounding": ("loss 5.7312", "loss 5.7319"),
 }
 OTHER = {
     "a word": ("verified", "NOT verified"),
     "a number": ("loss 5.73", "loss 3.10"),
     "a count": ("56 tensors", "0 tensors"),
+    "another word of hexadecimal letters": ("a face", "a facade"),
     "a line more": ("a\n", "a\nb\n"),
 }
 
@@ -114,6 +117,17 @@ OTHER = {
 @pytest.mark.parametrize("old, new", SAME.values(), ids=SAME.keys())
 def test_what_differs_from_run_to_run_is_no_change(old, new):
     assert reading.compare(notebook_that_said(printed(old)), notebook_that_said(printed(new))) == []
+
+
+def test_two_outputs_do_not_run_into_one_word():
+    before, after = (notebook_that_said(printed(f"after 0:1{n}"), printed(f"after 0:2{n}")) for n in (1, 2))
+    assert reading.compare(before, after) == []
+
+
+def test_an_image_does_not_slow_the_search_for_paths():
+    """Base64 is one word of 100 kB; a search that begins anew at each letter would take a minute, so pytest's limit."""
+    image = "A/" * 2_000_000
+    assert reading.without_paths(image, "runs/refresh") == image
 
 
 @pytest.mark.parametrize("old, new", OTHER.values(), ids=OTHER.keys())

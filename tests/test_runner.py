@@ -13,7 +13,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbutils import parameters, runner
+from nbutils import course, parameters, runner
 from nbutils.__main__ import main
 from nbutils.course import ROOT
 
@@ -25,6 +25,7 @@ max_steps: int = 4  # optimizer steps; -1 means whole epochs
 packing: bool = False  # put several examples into one row
 fsdp_version: int = 1  # 1 or 2
 heldout_dataset: str | None = None  # None splits a share off
+report_to: str = "none"  # where the loss goes
 run_dir: str = ""  # filled in by the runner
 """
 
@@ -85,7 +86,16 @@ BAD = {
     ),
     "missing model folder": ("model: ./models/llama", "model: there is no file or folder ./models/llama."),
     "outside its limits": ("fsdp_version: 3", "fsdp_version: found 3, and it must be 1 or 2."),
+    "outside its choices": (
+        "report_to: wandb",
+        "report_to: found 'wandb', and it must be none or tensorboard.",
+    ),
     "no steps": ("max_steps: 0", "max_steps: found 0, and it must be at least 1, or -1 for whole epochs."),
+    "no number": ("learning_rate: .nan", "learning_rate: found nan, and it must lie between 0 and 1."),
+    "filled in by the runner": (
+        "run_dir: runs/mine",
+        "run_dir: found it given, and the runner fills it in itself.",
+    ),
     "name given twice": ("max_steps: 3\nmax_steps: 4", "cannot be read as YAML: max_steps is given twice"),
     "no YAML": ("model: [tiny", "cannot be read as YAML: "),
     "no mapping": ("- max_steps", "must hold lines `name: value`; found list."),
@@ -99,12 +109,31 @@ def test_bad_parameters_are_refused_before_anything_runs(series, tmp_path, capsy
     assert not series.run_dir.exists()
 
 
+def test_bad_parameters_on_the_command_line_are_refused_alike(series, capsys):
+    for words in (
+        ("max_step", "3"),
+        ("max_steps", "many"),
+        ("learning_rate", "1e400"),
+        ("model", "./nowhere"),
+    ):
+        assert series("-p", *words) == 2
+        assert capsys.readouterr().err.strip().startswith(f"{words[0]}: ")
+    assert not series.run_dir.exists()
+
+
 def test_a_missing_parameters_file_is_refused_with_the_nearest_name(series, tmp_path, capsys):
     params(tmp_path, "")
     assert series("--params", tmp_path / "parms.yaml") == 2
     assert f"There is no parameters file {tmp_path}/parms.yaml. Did you mean {tmp_path}/params.yaml?" in (
         capsys.readouterr().err
     )
+
+
+def test_tensorboard_is_asked_for_early_where_it_is_missing(series, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert series("--params", params(tmp_path, "report_to: tensorboard")) == 2
+    assert "report_to: tensorboard is not installed in this environment." in capsys.readouterr().err
+    assert not series.run_dir.exists()
 
 
 def test_every_fault_is_named_at_once_and_within_seconds_of_typing(tmp_path):
@@ -298,6 +327,34 @@ def test_going_on_from_a_notebook_keeps_the_folder_and_its_parameters(tmp_path, 
     assert runner.run_series(begin="01", folder=folder).resolve() == run.resolve()
     again = nbformat.read(run / "01_second.ipynb", as_version=4)
     assert again.cells[-1].outputs[0].text == "9\n"
+
+
+@pytest.mark.notebook
+def test_plain_papermill_does_it_too(tmp_path):
+    words = [sys.executable, "-m", "papermill", "notebooks/00_start_here.ipynb", str(tmp_path / "out.ipynb")]
+    words += ["-f", "configs/params/llama32_1b_1gpu.yaml", "-p", "model", "llama31_8b", "--no-progress-bar"]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    said = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    assert "held against: llama31_8b" in said  # -p has the last word
+
+
+def test_going_back_to_an_earlier_lesson_does_not_hide_what_was_trained(tmp_path, monkeypatch):
+    """Lessons 01 to 03 make run folders as well; 05 must find the newest one that has trained."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Run notebooks/04_write_and_launch"):
+        course.latest()
+    for name, trained in (("2026-01-01", True), ("2026-01-02", True), ("2026-01-03", False), ("other", True)):
+        (tmp_path / "runs" / name / "train").mkdir(parents=True)
+        if trained:
+            (tmp_path / "runs" / name / "train" / "run.json").touch()
+        course.point_latest_to(course.RUNS / name)
+    assert course.latest() == course.RUNS / "other"  # the latest one has trained
+    course.point_latest_to(course.RUNS / "2026-01-03")
+    assert course.latest() == course.RUNS / "2026-01-02"
+    assert course.latest("runs/2026-01-01") == course.RUNS / "2026-01-01"
+    with pytest.raises(FileNotFoundError, match="runs/nowhere does not exist"):
+        course.latest("runs/nowhere")
 
 
 def test_the_summary_names_every_part_that_is_missing():

@@ -111,6 +111,15 @@ def test_every_target_that_make_names_exists():
     assert named == set(re.findall(r"^(\w+):", makefile, re.M)) - {"help"}
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/workshop.md"])
+def test_every_command_that_a_page_names_exists(page):
+    text, makefile = (ROOT / page).read_text(), (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^    |`)make (\w+)", text, re.M))
+    assert targets and targets <= set(re.findall(r"^(\w+):", makefile, re.M))
+    for path in re.findall(r"`((?:nbutils|tests|configs|benchmarks|docs|data)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
 def test_the_hook_strips_private_metadata_and_keeps_outputs_and_ids(tmp_path):
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     words = shlex.split(next(hook["entry"] for hook in hooks if hook["id"] == "nbstripout"))

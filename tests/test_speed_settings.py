@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nbutils.compiling import adapter_first
 from nbutils.course import ROOT
 from nbutils.loading import load_nf4
-from nbutils.on_host import keep_embeddings_on_host
+from nbutils.on_host import keep_embeddings_on_host, refuse_offloaded_head
 from nbutils.rehearsal import keep_four_bit_weights_in_order
 from nbutils.waiting import WaitOnHost, copy_activations_beside_compute
 
@@ -97,6 +98,17 @@ def loss_and_gradients(model: nn.Module) -> list[torch.Tensor]:
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize(
+    ("version", "offload", "refused"), [("2", "true", True), ("2", "false", False), ("1", "true", False)]
+)
+def test_fsdp_2_with_offload_is_refused_while_the_head_is_fsdps(monkeypatch, version, offload, refused):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
+    with pytest.raises(ValueError, match="wants embeddings_on_host: true") if refused else nullcontext():
+        refuse_offloaded_head()
 
 
 def test_the_heads_copy_is_there_for_the_loss_alone():

@@ -1,13 +1,17 @@
 """The real script, launched on two processes: what it promises, and what happens when a promise is broken."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from nbutils.course import ROOT
 from nbutils.launch import LaunchFailed, choose_config, launch
 from nbutils.recipe import script_text
 from nbutils.tiny import tiny_base, tiny_config
@@ -78,7 +82,7 @@ def first(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("fsdp2"), fsdp_version=2)
+    return train(tmp_path_factory.mktemp("fsdp2"), fsdp_version=2, report_to="tensorboard")
 
 
 @pytest.mark.parametrize(("run", "version"), [("first", 1), ("second", 2)])
@@ -101,6 +105,14 @@ def test_it_learns_and_saves_a_whole_adapter(run, request):
     assert facts["training"]["held_out_loss_after"] < facts["training"]["held_out_loss_before"]
     assert facts["adapter"]["verified"]
     assert_whole(output / "adapter")
+
+
+def test_tensorboard_has_the_losses_where_it_was_asked_for_and_nowhere_else(first, second):
+    (folder,) = {file.parent for file in (second / "runs").rglob("events.out.tfevents.*")}
+    board = EventAccumulator(str(folder)).Reload()
+    assert [scalar.value for scalar in board.Scalars("train/loss")] == pytest.approx(losses(second), abs=1e-3)
+    assert len(board.Scalars("eval/loss")) == len(losses(second, "eval_loss"))
+    assert not list(first.rglob("events.out.tfevents.*"))
 
 
 def test_both_versions_give_the_same_losses(first, second):
@@ -188,3 +200,16 @@ def test_saving_with_the_plain_trainer_call_is_noticed(tmp_path):
     else:
         with pytest.raises((AssertionError, FileNotFoundError)):
             assert_whole(output / "adapter")
+
+
+def test_a_rehearsal_leaves_its_process_group_before_it_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit\nimport torch.distributed as dist\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "print('joined', dist.is_initialized())\n"
+        "atexit.register(lambda: print('at the end', dist.is_initialized()))\n"
+    )
+    words = [sys.executable, "-m", "nbutils.rehearsal", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "joined True\nat the end False\n"

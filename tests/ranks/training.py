@@ -8,6 +8,8 @@ goes to `<folder>/<name>.json`: the exit status of each rank and its output. `ki
     {"rank": 0, "fsync": 7}            at its 7th fsync, all of which lie inside a checkpoint's or adapter's writing
     {"rank": 1, "torn": 2}             in the middle of writing its 2nd file of pieces
     {"rank": 1, "seconds": 3.1}        that long after its first training step began, wherever it is
+`refuse` is true where the run must be refused before a weight is read: reading one is then said and ends the rank.
+`path` is a folder that goes before all others on the import path.
 """
 
 import json
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import trl  # noqa: F401 (imported once, for all ranks)
 
-from nbutils import checkpoints, resuming, saving
+from nbutils import checkpoints, loading, resuming, saving
 from nbutils.configs import launch_environment
 from nbutils.course import ROOT
 
@@ -94,9 +96,16 @@ def be_rank(number: int, run: dict, port: int, script: str, log: Path) -> None:
     try:
         rehearsal.enable()
         arm(run.get("kill"), number)
+        sys.path[:0] = filter(None, [run.get("path")])
+        if run.get("refuse"):
+            loading.load_nf4 = lambda model: os._exit(
+                print(f"A weight of {model} was read.", flush=True) or 99
+            )
         sys.argv = [script, *run["args"]]
         runpy.run_path(script, run_name="__main__")
         status = 0
+    except SystemExit as end:  # argparse has said what it had to say
+        status = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -1,0 +1,55 @@
+"""After `CUDA out of memory`: what the memory plan says about these settings, and what to change first."""
+
+import itertools
+from pathlib import Path
+
+import yaml
+
+from nbutils.doctor import find_gpus
+from nbutils.memory import GIB, OUTSIDE, Setup, plan, shape_of, what_to_change
+
+
+def advice(arguments: list[str], config: str | Path, num_processes: int | None = None) -> str:
+    """The plan of a launch of the training script, in two sentences.
+
+    Args:
+        arguments: of the script, with `--config FILE` or the settings themselves.
+        config: for `accelerate launch`.
+        num_processes: ranks, if they differ from the config's.
+
+    Returns:
+        Empty if the settings do not say enough for a plan, for example if the model is not in a local folder.
+    """
+    told = settings_of(arguments)
+    try:
+        shape, setup = shape_of(told["model"]), Setup.read(config, num_processes)
+        batch, length = int(told["per_device_train_batch_size"]), int(told["max_length"])
+        lora_r = int(told.get("lora_r", 16))
+        expected = plan(shape, setup, batch, length, lora_r)
+    except (KeyError, OSError, TypeError, ValueError):
+        return ""
+    said = (
+        f"The plan for these settings: {expected.gpu_peak_bytes / GIB:.1f} GiB a rank at its peak, "
+        f"{expected.peak_moment}, and {OUTSIDE / GIB:.1f} GiB beside PyTorch."
+    )
+    room = min((gpu["gib"] for gpu in find_gpus()), default=0.0) * GIB - OUTSIDE
+    # Where the plan thought that it would fit, it is asked for something that needs clearly less.
+    budget = (
+        min(int(room), int(0.9 * expected.gpu_peak_bytes)) if room > 0 else int(0.9 * expected.gpu_peak_bytes)
+    )
+    changes = what_to_change(shape, setup, batch, length, lora_r, budget)
+    return said + (f" Change first: {changes[0]}." if changes else "")
+
+
+def settings_of(arguments: list[str]) -> dict:
+    """The settings that a script is given: those of its `--config` file, and over them those of its command line."""
+    words = {
+        name.removeprefix("--"): value
+        for name, value in itertools.pairwise(map(str, arguments))
+        if name.startswith("--")
+    }
+    try:
+        from_file = yaml.safe_load(Path(words["config"]).read_text(encoding="utf-8"))
+    except (KeyError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        from_file = {}
+    return (from_file if isinstance(from_file, dict) else {}) | words

@@ -1,0 +1,96 @@
+"""The proof by running: the student edition, out of its archive, fails at its exercises and nowhere else."""
+
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+
+from nbutils.course import ROOT
+from nbutils.editions import NAME, BadMaster, build, exercises
+from nbutils.runner import NOTEBOOKS
+
+SHORT = {"max_steps": 12}  # the training of notebook 04; no exercise asks how well it learned
+CELL_TIMEOUT = 900  # seconds
+
+
+def prove(out: Path, scratch: Path) -> list[str]:
+    """Unpack the archive, run its notebooks in order, and compare the cells that fail with the exercises.
+
+    Args:
+        out: a folder that `build` has filled.
+        scratch: folder for the unpacked archive; replaced.
+
+    Returns:
+        One sentence for each cell that fails and should not, or should and does not; empty if all is well.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    with zipfile.ZipFile(out / f"{NAME}.zip") as archive:
+        archive.extractall(scratch)
+    tree = scratch / NAME
+    if (ROOT / "runs" / "cache").is_dir():  # the tiny base; making it again takes a minute
+        shutil.copytree(ROOT / "runs" / "cache", tree / "runs" / "cache")
+    wrong = []
+    for path in sorted((tree / "notebooks").glob("*.ipynb")):
+        declared = exercises(nbformat.read(ROOT / NOTEBOOKS / path.name, as_version=4))
+        failed = failing_cells(run_through(path, tree))
+        wrong += [f"{path.name}: {sentence}" for sentence in compare(declared, failed)]
+        print(f"{path.stem:<28} {len(declared)} exercises, {len(failed)} cells raise", flush=True)
+    return wrong
+
+
+def run_through(path: Path, tree: Path) -> nbformat.NotebookNode:
+    """Execute a notebook to its end, whatever fails, with the package that lies in `tree`."""
+    from nbclient import NotebookClient
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    from nbutils.parameters import read_contract
+
+    given = {name: value for name, value in SHORT.items() if name in read_contract(path)}
+    notebook = parameterize_notebook(load_notebook_node(str(path)), given)
+    options = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": True}
+    options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # its warnings concern servers
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(tree)}}, **options)
+    client.execute(env={**os.environ, "PYTHONPATH": str(tree.resolve())})
+    nbformat.write(notebook, tree / "runs" / path.name)  # kept, for whoever wants to know why
+    return notebook
+
+
+def failing_cells(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """The cells of an executed notebook that raised: id -> name of the error."""
+    return {
+        cell.id: output.ename
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    }
+
+
+def compare(declared: list[str], failed: dict[str, str]) -> list[str]:
+    """Sentences about each cell in which the declared exercises and the cells that raised differ."""
+    wrong = [f"exercise {cell} raises nothing" for cell in declared if cell not in failed]
+    for cell, error in failed.items():
+        if cell not in declared:
+            wrong.append(f"cell {cell} is no exercise and raises {error}")
+        elif error != "NotImplementedError":
+            wrong.append(f"exercise {cell} raises {error}, not NotImplementedError")
+    return wrong
+
+
+def main(out: Path, run: bool) -> int:
+    """Build the editions, and with `run` prove the student edition; return the exit status."""
+    try:
+        counts = build(out)
+    except BadMaster as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(f"{out}/student, {out}/solutions: {len(counts)} notebooks, {sum(counts.values())} exercises")
+    print(f"{out}/{NAME}.zip to hand out, {(out / f'{NAME}.zip').stat().st_size / 1e6:.1f} MB")
+    if not run:
+        return 0
+    wrong = prove(out, ROOT / "runs" / "workshop")
+    print("\n".join(wrong) or "The student edition fails at its exercises and nowhere else.")
+    return 1 if wrong else 0

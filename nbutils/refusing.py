@@ -1,0 +1,271 @@
+"""What can be known before a weight is read is refused before a weight is read.
+
+A night on rented cards should not end on a full disk, and ten minutes of loading not on a setting that was wrong all
+the time. Every refusal is one sentence or two: what was found, what was wanted, what to do. Nothing is written.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from nbutils.checkpoint import BadCheckpoint, Checkpoint
+from nbutils.compiling import refuse_fsdp1
+from nbutils.course import ROOT
+from nbutils.download import CannotDownload
+from nbutils.glance import Refused, look_at_model, nearest_folder, refuse_output, refuse_versions
+from nbutils.loading import IN_MEMORY_BYTES
+from nbutils.memory import (
+    BF16,
+    GIB,
+    Choices,
+    Setup,
+    Shape,
+    nf4_bytes,
+    plan,
+    quantisation_state_bytes,
+    shape_of,
+)
+from nbutils.on_host import refuse_offloaded_head
+from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
+from nbutils.saving import reject_foreign_folder
+from nbutils.shards import SaveError, agree, rank
+
+
+def refuse_before_loading(recipe, training: SFTConfig) -> None:
+    """Refuse a run that cannot end well, as far as that can be known before its model is loaded.
+
+    Every rank must call it, with the process group there (`PartialState()` makes it). What is looked up on disk or on
+    the hub is looked up once a machine.
+
+    Args:
+        recipe: the script's `RecipeArguments`.
+        training: the script's `TrainingArguments`.
+
+    Raises:
+        Refused: on every rank, with what was found, what was wanted and what to do.
+        CheckpointError: `output_dir` holds another run, or nothing that can be resumed.
+    """
+    _together(lambda: _refuse_settings(recipe, training), every_rank=True)
+    _together(lambda: refuse_versions(say=_say_once))
+    _together(lambda: _refuse_output(Path(training.output_dir)))
+    refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
+    _together(lambda: _refuse_model(recipe, training))
+
+
+def refuse_rows(train: Dataset, tokenizer: PreTrainedTokenizerBase, training: SFTConfig) -> None:
+    """Refuse a set in which no row would keep an answer, and say how many rows teach nothing.
+
+    What is longer than `max_length` is cut. A row whose question alone fills it keeps no token of its answer.
+
+    Args:
+        train: from `train_and_heldout`.
+        tokenizer: of the model.
+        training: the script's `TrainingArguments`.
+
+    Raises:
+        Refused: no row keeps an answer.
+    """
+    if "prompt" not in train.column_names or training.max_length is None:
+        return
+    full, first = 0, None
+    for number, row in enumerate(train, start=1):
+        # A token stands for at least one byte: a short question need not be counted.
+        if sum(len(turn["content"].encode()) + 32 for turn in row["prompt"]) < training.max_length:
+            continue
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        if len(ids) >= training.max_length:
+            full, first = full + 1, first or f"row {number} has {len(ids)} tokens before its answer"
+    if full == len(train):
+        raise Refused(
+            f"Every one of the {full} rows is longer than max_length, {training.max_length} tokens, before its answer "
+            f"begins ({first}): nothing would be learned. Raise max_length."
+        )
+    if full and rank() == 0:
+        print(
+            f"{full} of {len(train)} rows keep no token of their answer within max_length {training.max_length} "
+            f"({first}). They are left out; raise max_length to learn from them.",
+            flush=True,
+        )
+
+
+# ---- each of them on its own ----------------------------------------------------------------------------------------
+
+
+def _together(check: Callable[[], None], every_rank: bool = False) -> None:
+    """Run a check once a machine, or on every rank, and raise on all ranks what one found."""
+    problem = None
+    if every_rank or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            check()
+        except (Refused, BadCheckpoint, CannotDownload, SaveError) as found:
+            problem = str(found)
+        except Exception as found:  # the other ranks wait
+            problem = f"{type(found).__name__}: {_first_line(found)}"
+    agree(problem, Refused)
+
+
+def _refuse_settings(recipe, training: SFTConfig) -> None:
+    if training.mixed_precision != "no":
+        raise Refused(
+            f"Mixed precision is {training.mixed_precision} and the 4-bit weights are stored as bfloat16; wanted 'no'. "
+            "The weights are bf16 already, and a cast of packed bytes makes other weights. Leave bf16 and fp16 off in "
+            "the settings, and mixed_precision: 'no' in the config file."
+        )
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise Refused(
+            f"{name} cannot compute in bf16, and the recipe does. Take a card of compute capability 8.0 or higher: "
+            "RTX 30, A100 or newer."
+        )
+    if recipe.lora_r < 1 or not training.learning_rate > 0:
+        raise Refused(
+            f"Found lora_r {recipe.lora_r} and learning_rate {training.learning_rate}; both must be above 0."
+        )
+    if "use_reentrant" not in (training.activation_checkpointing_kwargs or {}):
+        raise Refused(
+            f"activation_checkpointing_kwargs is {training.activation_checkpointing_kwargs!r}; wanted a mapping with "
+            "use_reentrant, as in {use_reentrant: false}. Leave the setting out to get it."
+        )
+    if 0 < training.max_steps < training.logging_steps:
+        raise Refused(
+            f"logging_steps is {training.logging_steps:g} and max_steps {training.max_steps}: no loss would ever be "
+            "logged. Set logging_steps to 1."
+        )
+    if recipe.compile_layers:
+        refuse_fsdp1()
+    if not recipe.embeddings_on_host:
+        refuse_offloaded_head()
+    refuse_what_checkpoints_do_not_serve(training)
+
+
+def _say_once(sentence: str) -> None:
+    if rank() == 0:
+        print(sentence, flush=True)
+
+
+def _refuse_output(output: Path) -> None:
+    refuse_output(output)
+    reject_foreign_folder(output / "adapter")  # the adapter's name, taken by something else
+
+
+def _refuse_model(recipe, training: SFTConfig) -> None:
+    folder, _ = look_at_model(recipe.model)
+    config = AutoConfig.from_pretrained(folder)
+    tokenizer = _tokenizer(folder, recipe.model)
+    if len(tokenizer) > config.vocab_size:
+        raise Refused(
+            f"The tokenizer of {recipe.model} has {len(tokenizer):,} tokens and the model {config.vocab_size:,}. "
+            "They do not belong together: take the tokenizer that came with the model."
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if training.max_length and context and training.max_length > context:
+        raise Refused(
+            f"max_length is {training.max_length:,} tokens and the context of {recipe.model} has {context:,}. "
+            f"Set max_length to {context:,} or less."
+        )
+    shape = shape_of(folder)
+    unpacked = not getattr(config, "quantization_config", None)
+    local = Path(recipe.model).is_dir()
+    bytes_on_disk = Checkpoint(folder).bytes_on_disk if local else BF16 * shape.parameters
+    _refuse_little_memory(shape, recipe, training, unpacked and bytes_on_disk <= IN_MEMORY_BYTES)
+    _refuse_small_disk(shape, recipe, training, unpacked and bytes_on_disk > IN_MEMORY_BYTES)
+
+
+def _tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as problem:  # tokenizers raises plain Exceptions
+        raise Refused(
+            f"The tokenizer of {model} cannot be read ({type(problem).__name__}: {_first_line(problem)}). Wanted: "
+            "tokenizer.json and tokenizer_config.json beside config.json. Download them again."
+        ) from None
+
+
+def _refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: bool) -> None:
+    """Host memory for the ranks of this machine, beside the libraries, which are in memory already."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    choices = Choices(
+        embeddings_on_host=recipe.embeddings_on_host,
+        compile_layers=recipe.compile_layers,
+        checkpointing=bool(training.activation_checkpointing),
+        offload_activations=bool(training.activation_checkpointing_kwargs.get("offload")),
+    )
+    rows, length = training.per_device_train_batch_size, training.max_length or 1024
+    planned = plan(shape, _setup(), rows, length, recipe.lora_r, choices=choices)
+    needed = planned.host_bytes - planned.host["Python and libraries"]
+    if copied:  # each rank quantises a copy of its own; a larger checkpoint is mapped, once for all
+        needed += nf4_copy_bytes(shape)
+    if not torch.cuda.is_available():
+        needed += planned.gpu_peak_bytes  # in a rehearsal, this is host memory too
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    if here * needed > free:
+        raise Refused(
+            f"{here} processes need about {here * needed / GIB:.1f} GiB of host memory on this machine (planned), and "
+            f"{free / GIB:.1f} GiB are free. Close other programs, add swap, or take a smaller model; a checkpoint "
+            "that is NF4 already is mapped and not copied: python -m nbutils quantise MODEL OUT"
+        )
+
+
+def nf4_copy_bytes(shape: Shape) -> int:
+    """A whole model in NF4: packed linear layers with their scales, the rest in bf16."""
+    linear = shape.layers * shape.linear_parameters
+    return nf4_bytes(linear) + quantisation_state_bytes(linear) + BF16 * (shape.parameters - linear)
+
+
+def checkpoints_bytes(shape: Shape, lora_r: int, training: SFTConfig) -> int:
+    """What the run will write, at most: its checkpoints, and the adapter with the one it replaces.
+
+    A checkpoint holds the adapter and AdamW's two moments, in bf16 each.
+    """
+    adapter = BF16 * shape.adapter_parameters(lora_r)
+    count = 0
+    if training.save_strategy != "no":
+        steps, every = training.max_steps, training.save_steps
+        every = every * steps if every < 1 else every
+        # Without a number of steps one cannot know; two is what any run that saves needs.
+        count = max(1, int(steps // every)) if training.save_strategy == "steps" and steps > 0 else 2
+        if training.save_total_limit:
+            count = min(count, training.save_total_limit + 1)  # the oldest goes when the newest is there
+    return 3 * adapter * count + 2 * adapter
+
+
+def _refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_disk: bool) -> None:
+    wanted = {nearest_folder(Path(training.output_dir)): checkpoints_bytes(shape, recipe.lora_r, training)}
+    what = "the checkpoints and the adapter need"
+    advice = "Set save_total_limit, save less often, or name an output_dir on a larger disk."
+    for place, needed in wanted.items():
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise Refused(
+                f"On the disk of {place}, {what} {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free. {advice}"
+            )
+    cache = nearest_folder(ROOT / "runs" / "cache")
+    free, needed = shutil.disk_usage(cache).free, nf4_copy_bytes(shape)
+    if quantised_to_disk and needed > free:
+        raise Refused(
+            f"On the disk of {cache}, the NF4 copy of {recipe.model} needs {needed / 1e9:,.1f} GB and "
+            f"{free / 1e9:,.1f} GB are free. Free some, or quantise elsewhere: python -m nbutils quantise MODEL OUT"
+        )
+
+
+def _setup() -> Setup:
+    """The launch as the environment of this rank tells it."""
+    variables = os.environ
+    fsdp = variables.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return Setup(
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        fsdp_version=int(variables.get("FSDP_VERSION", "1")) if fsdp else 0,
+        offload=variables.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
+    )
+
+
+def _first_line(problem: Exception) -> str:
+    return next((line.strip() for line in str(problem).splitlines() if line.strip()), "no message")

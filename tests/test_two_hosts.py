@@ -1,0 +1,129 @@
+"""Two machines, for real: two network namespaces joined by a cable, one rank on each, the real script and config."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import psutil
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from nbutils import configs
+from nbutils.configs import variant
+from nbutils.course import ROOT
+from nbutils.machines import bytes_between_machines, inside_a_machine, tokens_per_second
+from nbutils.memory import SHAPES, Setup, shape_of
+from nbutils.recipe import write_script
+from nbutils.tiny import tiny_base
+
+pytestmark = pytest.mark.launch
+
+TWO_MACHINES = ROOT / "configs/machines/two_machines_fsdp1.yaml"
+# Of their own: users, network, mounts and processes, so that no rank is left when the first of them ends.
+NAMESPACES = ["unshare", "-rnmpf", "--kill-child", "--mount-proc"]
+ON_CPUS = {
+    "use_cpu": True,
+    "fsdp_offload_params": False,
+    "fsdp_sync_module_states": False,
+    "fsdp_cpu_ram_efficient_loading": False,
+}
+SETTINGS = {
+    "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 30,
+    "max_length": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "lora_r": 4, "logging_steps": 1,
+    "save_steps": 2, "save_total_limit": 3, "eval_strategy": "no", "eval_on_start": "false", "disable_tqdm": "true",
+    "ddp_timeout": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Both launches: with the static rendezvous, cut in the middle; with c10d, resumed."""
+    trial = "mount -t tmpfs none /run && ip netns add a && ip link add c netns a type veth peer name d"
+    tried = subprocess.run([*NAMESPACES, "sh", "-c", trial], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"This machine makes no network namespaces: {tried.stderr.strip()}")
+    folder = tmp_path_factory.mktemp("hosts")
+    write_script(folder)
+    told = {"model": tiny_base(), "output_dir": folder / "out", **SETTINGS}
+    (folder / "arguments.json").write_text(
+        json.dumps([word for name, value in told.items() for word in (f"--{name}", str(value))])
+    )
+    config = variant(TWO_MACHINES, folder, **ON_CPUS, num_processes=2, main_process_ip="10.99.0.1")
+    done = subprocess.run(
+        [*NAMESPACES, sys.executable, str(ROOT / "tests/ranks/two_hosts.py"), str(folder), str(config)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_host_that_is_lost_ends_both_in_bounded_time(hosts):
+    folder, seen = hosts
+    cut = seen["static"]
+    assert cut["step"] >= 5, cut["output"]
+    assert all(status not in (0, -9) for status in cut["status"]), cut  # -9: it had to be killed
+    assert "FSDP 1 on 2 cpu process(es)" in cut["output"][0]
+    for output in cut["output"]:
+        assert re.search(r"Timed out waiting 8000ms|Connection closed by peer|Connection reset", output), (
+            output
+        )
+    script = str(folder / "fine_tuning_FSDP_QLoRA.py")
+    assert not [p for p in psutil.process_iter(["cmdline"]) if script in (p.info["cmdline"] or [])]
+
+
+def test_the_run_goes_on_when_the_host_is_back(hosts):
+    folder, seen = hosts
+    resumed = seen["c10d"]
+    assert resumed["status"] == [0, 0], resumed["output"]
+    both = "".join(resumed["output"])  # c10d gives the numbers: rank 0 may be on either host
+    assert (found := re.search(r"Resuming from .*/checkpoint-(\d+)\.", both)) and int(found.group(1)) >= 4
+    facts = json.loads((folder / "out/run.json").read_text())
+    assert (facts["training"]["world_size"], facts["training"]["distributed_type"]) == (2, "FSDP")
+    assert facts["adapter"]["verified"]
+
+
+def test_the_bytes_on_the_cable_are_those_of_the_plan(hosts):
+    """Each host sends what the arithmetic says; the protocol's own bytes and gloo's way to reduce come on top."""
+    _, seen = hosts
+    shape = shape_of(tiny_base())
+    counted = bytes_between_machines(
+        shape, Setup(world_size=2, offload=False), machines=2, lora_r=SETTINGS["lora_r"]
+    )
+    print(f"counted {counted:,} bytes a step, on the cable {seen['c10d']['bytes_a_step']:,}")
+    assert counted == pytest.approx(seen["c10d"]["bytes_a_step"], rel=0.2)
+
+
+def test_hybrid_sharding_costs_the_memory_of_one_machine():
+    four, two = Setup(world_size=4), Setup(world_size=2)
+    assert inside_a_machine(four, 2) == two
+    shape = SHAPES["llama31_70b"]
+    full = bytes_between_machines(shape, four, 2)
+    hybrid = bytes_between_machines(shape, four, 2, hybrid=True)
+    assert bytes_between_machines(shape, four, 1) == 0
+    assert 0.05e9 < hybrid < 0.5e9 < 50e9 < full < 70e9  # NF4 layers of 34 GB twice, three quarters of it
+    with pytest.raises(ValueError, match="3 ranks cannot be shared out evenly among 2 machines"):
+        inside_a_machine(Setup(world_size=3), 2)
+
+
+def test_tokens_per_second_lies_between_hidden_and_exposed():
+    slowest, fastest = tokens_per_second(tokens=1000, ranks=4, compute_seconds=1.0, sent=int(1e9), link=1e9)
+    assert (slowest, fastest) == (2000.0, 4000.0)
+
+
+def test_the_files_add_to_the_recipe_what_machines_need_and_nothing_else():
+    recipe, two = configs.flat_keys(ROOT / configs.RECIPE), configs.flat_keys(TWO_MACHINES)
+    added = {key for key in two if two[key] != recipe.get(key)}
+    assert added == {"main_process_ip", "main_process_port", "num_machines", "num_processes"}
+    hybrid = configs.flat_keys(TWO_MACHINES.with_name("two_machines_hybrid.yaml"))
+    assert {key for key in hybrid if hybrid[key] != two.get(key)} == {"fsdp_sharding_strategy"}
+
+
+def test_slurm_types_what_accelerate_understands():
+    file = TWO_MACHINES.with_name("two_machines.slurm")
+    assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
+    typed = file.read_text().split("exec accelerate launch")[1].split('launch "$@"')[0]
+    options = {name for action in launch_command_parser()._actions for name in action.option_strings}
+    assert len(found := set(re.findall(r"--\w+", typed))) >= 5 and found <= options
