@@ -16,8 +16,12 @@ file and then trains with plain DDP, without a word. Three things stand in the w
    what it believes it has copied: `setStorage: ... out of bounds for storage of size 0`.
 6. On a CPU, transformers leaves `ddp_timeout` out when it makes the process group, and a rank would wait half an hour
    for one that is gone.
+
+A tiny launch is mostly imports. Three things make them and the end of the process shorter; what each one saves stands
+in docs/speed_log.md: less garbage collection, no collection at the end, and bitsandbytes without torch's compiler.
 """
 
+import gc
 import os
 import runpy
 import sys
@@ -41,10 +45,27 @@ def enable() -> None:
         )
     os.environ["ACCELERATE_USE_CPU"] = "true"  # read by TrainingArguments and AcceleratorState
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # 2: `cpu`, not `cpu:0`
+    _import_bitsandbytes_without_the_compiler()
     _join_the_gloo_group_by_default()
     _let_accelerate_choose_fsdp()
     keep_four_bit_weights_in_order()
     _keep_gathered_weights_while_they_are_saved()
+
+
+def _import_bitsandbytes_without_the_compiler() -> None:
+    """Importing it hands four functions to torch.compile, which loads the whole compiler.
+
+    On a CPU other kernels stand in for them, odd shapes apart. What the script compiles itself is compiled:
+    torch.compile is back when this returns.
+    """
+    import torch
+
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compile_
 
 
 def _join_the_gloo_group_by_default() -> None:
@@ -103,11 +124,16 @@ def main() -> None:
         raise SystemExit(
             "nbutils.rehearsal: name the script to run: -m nbutils.rehearsal SCRIPT.py [arguments]"
         )
+    # Imports make objects that stay, and by default the collector looks through them over and over.
+    gc.set_threshold(100_000)
     enable()
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    _leave_the_group()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        _leave_the_group()
+    finally:
+        gc.freeze()  # at its end the interpreter would look through all of them once more, for nothing
 
 
 def _leave_the_group() -> None:

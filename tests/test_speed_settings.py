@@ -287,3 +287,24 @@ def test_transformers_offload_goes_through_it_and_changes_no_gradient(monkeypatc
         gradients.append(loss_and_gradients(model))
     assert len(packed) >= 2  # the input of each layer
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
+
+
+# ---- the laptop -----------------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_loads_no_compiler_and_gives_torch_compile_back():
+    """Each rank of a tiny launch spent a second on it; benchmarks/launch_seconds.py."""
+    code = """
+import sys, torch
+before = torch.compile
+from nbutils import rehearsal
+rehearsal.enable()
+assert "bitsandbytes" in sys.modules
+assert torch.compile is before
+assert "torch._inductor.compile_fx" not in sys.modules, "the compiler was loaded"
+"""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
