@@ -1,6 +1,6 @@
 """Loss curves of each setting that saves time or memory, beside those of the recipe of 2024: who changes the numbers?
 
-Run as: python benchmarks/loss_curves.py --out benchmarks/results/loss_curves.json      (4 minutes on two cores)
+Run as: python benchmarks/loss_curves.py --out benchmarks/results/loss_curves.json      (7 minutes on two busy cores)
 
 The real script on two CPU processes with the tiny base. All runs see the same rows in the same order. The last two
 begin with another adapter, or read the rows in another order: that is the noise to compare with.
