@@ -1,7 +1,7 @@
 """Where the seconds of a tiny launch go, before and after a change of the package, in alternating runs.
 
 Run as: python benchmarks/launch_seconds.py --before 55c7036 --out benchmarks/results/launch_seconds.json
-        (5 minutes on two cores; nothing else should run)
+        (7 minutes on two busy cores; better, nothing else runs)
 
 The real script on two CPU processes, two steps. Marks are printed from a copy of it: after its imports, when model and
 data are there, when the trainer is. `--before` names the commit to compare with; its tree is checked out on the side.
@@ -142,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     go_to_root()
     folder = options.folder.resolve()
-    tree = folder / "before"
+    tree = folder / "tree_before"
     folder.mkdir(parents=True, exist_ok=True)
     if not tree.exists():
         subprocess.run(["git", "worktree", "add", "--detach", str(tree), options.before], check=True)
