@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: tutorial test lint notebooks site workshop matrix lab clean help
+.PHONY: tutorial test test-ci lint notebooks site workshop matrix lab clean help
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       prove the repository"
+	@echo "make test-ci    what CI tests besides: faults at each stage of a run, and two hosts"
 	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
 	@echo "make lint       ruff over package, tests, notebooks and the extracted script"
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
@@ -38,6 +39,9 @@ lab: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-ci: $(STAMP)
+	$(BIN)/python -m pytest -m 'ci and not matrix'
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix -s

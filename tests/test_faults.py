@@ -19,7 +19,7 @@ from nbutils.launch import LaunchFailed, choose_config, launch
 from nbutils.recipe import write_script
 from nbutils.tiny import tiny_base
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.ci]
 
 BOUND = 90  # seconds in which every launch here must have ended by itself; one that works takes 15
 SETTINGS = {

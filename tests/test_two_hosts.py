@@ -18,7 +18,7 @@ from nbutils.memory import SHAPES, Setup, shape_of
 from nbutils.recipe import write_script
 from nbutils.tiny import tiny_base
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.ci]
 
 TWO_MACHINES = ROOT / "configs/machines/two_machines_fsdp1.yaml"
 # Of their own: users, network, mounts and processes, so that no rank is left when the first of them ends.
