@@ -20,6 +20,7 @@ from nbutils.memory import (
     shape_of,
     what_to_change,
 )
+from nbutils.scale_figures import plan_of
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RUNS = {
@@ -42,20 +43,6 @@ KEYS = {
 @pytest.fixture(params=RUNS)
 def run(request):
     return RUNS[request.param]
-
-
-def planned(run: dict):
-    config = run["config"]
-    settings = [setting.split("=", 1) for setting in config.get("settings", [])]
-    return plan(
-        replace(SHAPES[config["model"]], layers=config["num_layers"]),
-        Setup(config["world_size"], config["fsdp_version"], config["offload"]),
-        config["batch_size"],
-        config["seq_len"],
-        config["lora_r"],
-        spare_host=config["spare_host_memory"],
-        choices=Choices.read({name: yaml.safe_load(value) for name, value in settings}),
-    )
 
 
 def test_some_runs_are_recorded_and_some_were_not_used_for_the_fit():
@@ -82,15 +69,15 @@ WITH_A_LEFT_HEAD = {"70b_resident_cap_b2_l2048", "70b_fast_cap_b4_l2048", "70b_b
 
 def test_the_plan_is_within_five_percent_of_the_peak(run):
     if run["outcome"] == "oom":
-        assert planned(run).gpu_peak_bytes > run["config"]["cap_gib"] * GIB
+        assert plan_of(run).gpu_peak_bytes > run["config"]["cap_gib"] * GIB
     else:
-        assert planned(run).gpu_peak_bytes == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.05)
+        assert plan_of(run).gpu_peak_bytes == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.05)
 
 
 def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run, request):
     if run["outcome"] == "oom":
         return
-    moments, phases = planned(run).moments, run["measured"]["phases"]
+    moments, phases = plan_of(run).moments, run["measured"]["phases"]
     wrapping = sum(moments["wrapping"].values())
     training = max(
         sum(items.values()) for name, items in moments.items() if name not in ("wrapping", "evaluation")
@@ -102,7 +89,7 @@ def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run, r
 
 def test_host_memory_is_within_fifteen_percent(run):
     if run["outcome"] == "ok":
-        host = planned(run).host_bytes * run["config"]["world_size"]
+        host = plan_of(run).host_bytes * run["config"]["world_size"]
         waiting = any("offload: true" in setting for setting in run["config"].get("settings", []))
         # With long rows that wait on the host, 2 GiB more are pinned than the plan knows of (benchmarks/README.md).
         assert host == pytest.approx(run["measured"]["host_bytes"], rel=0.18 if waiting else 0.15)
@@ -111,7 +98,7 @@ def test_host_memory_is_within_fifteen_percent(run):
 def test_no_run_that_trained_was_predicted_not_to_fit(run):
     cap = run["config"]["cap_gib"]
     if run["outcome"] == "ok" and cap:
-        assert planned(run).gpu_peak_bytes < cap * GIB
+        assert plan_of(run).gpu_peak_bytes < cap * GIB
 
 
 def test_the_shapes_have_the_parameters_of_the_model_cards():
