@@ -509,7 +509,13 @@ def fits(plan: Plan, outside: int = OUTSIDE) -> dict[int, float]:
 
 
 def what_to_change(
-    shape: Shape, setup: Setup, batch: int, length: int, lora_r: int, budget: int
+    shape: Shape,
+    setup: Setup,
+    batch: int,
+    length: int,
+    lora_r: int,
+    budget: int,
+    choices: Choices = Choices(),
 ) -> list[str]:
     """What brings a plan under a budget: each change alone, then all of them, cheapest in speed first.
 
@@ -520,11 +526,12 @@ def what_to_change(
         length: tokens a row.
         lora_r: rank of the adapter.
         budget: bytes that the allocator may have.
+        choices: further settings of the script; they stay as they are.
 
     Returns:
         Sentences; empty if the plan fits as it is.
     """
-    if plan(shape, setup, batch, length, lora_r).gpu_peak_bytes <= budget:
+    if plan(shape, setup, batch, length, lora_r, choices=choices).gpu_peak_bytes <= budget:
         return []
     tries = []
     if batch > 1:
@@ -542,7 +549,7 @@ def what_to_change(
         tries.append(("twice as many GPUs", replace(setup, world_size=2 * setup.world_size), batch, length))
     said = []
     for change, other, rows, tokens in tries:
-        peak = plan(shape, other, rows, tokens, lora_r).gpu_peak_bytes
+        peak = plan(shape, other, rows, tokens, lora_r, choices=choices).gpu_peak_bytes
         verdict = "fits" if peak <= budget else "is still too much"
         said.append(f"{change}: {peak / GIB:.1f} GiB, {verdict}")
     return said

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from nbutils.doctor import find_gpus
-from nbutils.memory import GIB, OUTSIDE, Setup, plan, shape_of, what_to_change
+from nbutils.memory import GIB, OUTSIDE, Choices, Setup, plan, shape_of, what_to_change
 
 
 def advice(arguments: list[str], config: str | Path, num_processes: int | None = None) -> str:
@@ -25,8 +25,11 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
         shape, setup = shape_of(told["model"]), Setup.read(config, num_processes)
         batch, length = int(told["per_device_train_batch_size"]), int(told["max_length"])
         lora_r = int(told.get("lora_r", 16))
-        expected = plan(shape, setup, batch, length, lora_r)
-    except (KeyError, OSError, TypeError, ValueError):
+        # On the command line everything is text: "false" is not false yet.
+        typed = {name: yaml.safe_load(value) for name, value in told.items() if isinstance(value, str)}
+        choices = Choices.read(told | typed)
+        expected = plan(shape, setup, batch, length, lora_r, choices=choices)
+    except (KeyError, OSError, TypeError, ValueError, yaml.YAMLError):
         return ""
     said = (
         f"The plan for these settings: {expected.gpu_peak_bytes / GIB:.1f} GiB a rank at its peak, "
@@ -37,7 +40,7 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
     budget = (
         min(int(room), int(0.9 * expected.gpu_peak_bytes)) if room > 0 else int(0.9 * expected.gpu_peak_bytes)
     )
-    changes = what_to_change(shape, setup, batch, length, lora_r, budget)
+    changes = what_to_change(shape, setup, batch, length, lora_r, budget, choices)
     return said + (f" Change first: {changes[0]}." if changes else "")
 
 

@@ -1,6 +1,7 @@
 """The memory plan against everything that was recorded, and the formulas against numbers worked out by hand."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nbutils.memory import (
     shape_of,
     what_to_change,
 )
+from nbutils.out_of_memory import advice
 from nbutils.scale_figures import plan_of
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -181,3 +183,18 @@ def test_the_goals_fit_where_they_say():
         peaks[name] = planned.gpu_peak_bytes / GIB
         assert peaks[name] < card, name
     assert min(peaks, key=peaks.get) == "fewest_bytes"
+
+
+def test_what_to_change_after_running_out_of_memory_knows_the_settings(tmp_path):
+    """What stands on the command line is text, and counts as what it means."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }))  # fmt: skip
+    config = RESULTS.parents[1] / "configs" / "accelerate" / "config_fsdp2.yaml"
+    words = ["--model", str(tmp_path), "--per_device_train_batch_size", "2", "--max_length", "2048"]
+    plain = advice([*words, "--embeddings_on_host", "false"], config)
+    host = advice([*words, "--embeddings_on_host", "true"], config)
+    gib = [float(re.search(r"([\d.]+) GiB a rank", text)[1]) for text in (plain, host)]
+    assert gib[0] - gib[1] > 0.9  # half of embedding and head, at the least
+    assert "Change first: one row a rank instead of 2" in host
