@@ -156,6 +156,8 @@ def main() -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:  # an out-of-memory is a result too
         phases.mark("end")
+    if not torch.cuda.is_available():
+        rehearsal.end_here()
 
 
 if __name__ == "__main__":
