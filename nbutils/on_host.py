@@ -71,8 +71,9 @@ class HeadOnHost(nn.Module):
 def keep_embeddings_on_host(model: PreTrainedModel) -> PreTrainedModel:
     """Take embedding and output head away from FSDP and off the GPU.
 
-    Under FSDP 2 each rank holds its share of both, and the whole head from the first forward to the last backward of a
-    step: 3.9 GiB of a 24 GB card for 70B. Here a rank looks its tokens up in host memory, and copies the head to the
+    FSDP 1 gathers both for the whole step, 3.9 GiB of a 24 GB card for 70B. Under FSDP 2 each rank holds its share of
+    them, gathers the embedding once more behind the first layer's backward pass, and leaves the head gathered after an
+    evaluation (`benchmarks/results/peaks/`). Here a rank looks its tokens up in host memory, and copies the head to the
     GPU for the loss (for 70B 2 GiB a step: 0.04 s over a link of 55 GB/s, 0.15 s over one of 14). The values are the
     same, so the losses are.
 

@@ -3,9 +3,8 @@
 import torch
 import transformers.modeling_utils
 
-SMALL = (
-    4 * 2**20
-)  # bytes; what is smaller (and what all layers share, such as rotary angles) stays where it is
+# Bytes. What is smaller stays where it is, as rotary angles do: all layers share them.
+SMALL = 4 * 2**20
 
 
 class WaitingTensor:
