@@ -7,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import as_in_a_terminal, ranks_of, wait_until
 
 from nbutils.checkpoints import export_adapter, newest_complete
 from nbutils.course import ROOT
@@ -57,10 +56,6 @@ def start(folder: Path, fault: dict, monkeypatch, **more):
         script, arguments(folder, **more), choose_config(1, rehearsal=True), module="faults",
         log=folder / "launch.log", output_dir=folder / "out", timeout=BOUND, show=False,
     )  # fmt: skip
-
-
-def ranks_of(script: Path) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if str(script) in (p.info["cmdline"] or [])]
 
 
 def assert_usable(out: Path, step: int, folder: Path) -> None:
@@ -137,22 +132,19 @@ def test_a_rank_that_hangs_ends_the_run(tmp_path, monkeypatch):
 def test_a_closed_terminal_ends_every_rank(tmp_path, monkeypatch):
     script = prepared(tmp_path)
     command = [sys.executable, "-m", "nbutils", "launch", "--log", str(tmp_path / "launch.log"), str(script)]
-    terminal = subprocess.Popen(
+    with subprocess.Popen(
         command + arguments(tmp_path, max_steps=10_000, save_total_limit=1), cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_until(lambda: (tmp_path / "out/checkpoint-4").exists(), BOUND)
-    os.killpg(terminal.pid, signal.SIGHUP)  # what the kernel sends to a session whose terminal goes away
-    wait_until(lambda: ranks_of(script) == [], 20)
-    assert terminal.wait(timeout=20) != 0
+        preexec_fn=as_in_a_terminal,
+    ) as terminal:  # fmt: skip
+        try:
+            wait_until(lambda: (tmp_path / "out/checkpoint-4").exists(), BOUND)
+            os.killpg(terminal.pid, signal.SIGHUP)  # as the kernel does when a terminal goes away
+            wait_until(lambda: ranks_of(script) == [], 20)
+            assert terminal.wait(timeout=20) != 0
+        finally:
+            terminal.kill()  # and so the ranks: 10,000 steps would outlive a test that failed
     assert newest_complete(tmp_path / "out") is not None
-
-
-def wait_until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"still waiting after {seconds} s"
-        time.sleep(0.1)
 
 
 DRIVER = """

@@ -5,12 +5,11 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 
-import psutil
 import pytest
 import yaml
 from jupyter_client import KernelManager
+from processes import ranks_of, wait_until
 
 from nbutils.course import ROOT
 from nbutils.launch import (
@@ -45,15 +44,6 @@ def script(folder, body, head=HEAD):
 def run(path, tmp_path, args=(), **options):
     options = {"rehearsal": False, "timeout": 60, **options}
     return launch(path, list(args), CONFIG, log=tmp_path / "launch.log", **options)
-
-
-def ranks_of(path):
-    """The processes on this machine whose command line names this script."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if str(path) in (process.info["cmdline"] or []):
-            found.append(process)
-    return found
 
 
 def test_a_launch_runs_all_ranks_and_reads_their_progress(tmp_path, capsys):
@@ -259,13 +249,6 @@ def test_no_rank_outlives_a_kernel_that_dies(tmp_path):
     parent.kill()
     wait_until(lambda: ranks_of(path) == [], 10)
     parent.wait()
-
-
-def wait_until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"still waiting after {seconds} s"
-        time.sleep(0.1)
 
 
 def test_the_printed_command_is_one_command_for_a_shell():

@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import nbformat
-import psutil
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from processes import as_in_a_terminal, ranks_of, wait_until
 
 from nbutils import course, parameters, runner
 from nbutils.__main__ import main
@@ -267,10 +266,7 @@ def test_a_cell_that_takes_too_long_ends_the_run_and_its_ranks(series, tmp_path,
     assert series("--cell-timeout", "12") == 1
     assert "CellTimeoutError in this cell:\n    from nbutils.launch import launch" in capsys.readouterr().err
     assert (tmp_path / "ready").exists()
-    end = time.monotonic() + 10
-    while any(str(script) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
-        assert time.monotonic() < end, "a rank is left"
-        time.sleep(0.2)
+    wait_until(lambda: ranks_of(script) == [], 10)
 
 
 @pytest.mark.notebook
@@ -290,18 +286,13 @@ def test_an_interrupt_on_the_terminal_ends_the_series_and_its_ranks(series, tmp_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=as_in_a_terminal,
     )
-    end = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < end and running.poll() is None
-        time.sleep(0.2)
+    wait_until((tmp_path / "ready").exists, 60)
     os.killpg(running.pid, signal.SIGINT)  # what Ctrl-C does
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 130 and "Interrupted." in errors
-    end = time.monotonic() + 10
-    while any(str(script) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
-        assert time.monotonic() < end, "a rank is left"
-        time.sleep(0.2)
+    wait_until(lambda: ranks_of(script) == [], 10)
 
 
 @pytest.mark.notebook

@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 
-import psutil
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from processes import ranks_of
 
 from nbutils import configs
 from nbutils.configs import variant
@@ -70,8 +70,7 @@ def test_a_host_that_is_lost_ends_both_in_bounded_time(hosts):
         assert re.search(r"Timed out waiting 8000ms|Connection closed by peer|Connection reset", output), (
             output
         )
-    script = str(folder / "fine_tuning_FSDP_QLoRA.py")
-    assert not [p for p in psutil.process_iter(["cmdline"]) if script in (p.info["cmdline"] or [])]
+    assert ranks_of(folder / "fine_tuning_FSDP_QLoRA.py") == []
 
 
 def test_the_run_goes_on_when_the_host_is_back(hosts):
