@@ -26,10 +26,13 @@ from nbutils.recipe import write_script
 STEPS, EVERY = 8, 4
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
 FSDP1 = "configs/accelerate/config_fsdp.yaml"
-CASES = {
-    "FSDP 1, offload": (FSDP1, {}),
-    "FSDP 1, no offload": (FSDP1, {"fsdp_offload_params": False}),
-    "FSDP 2, no offload": ("configs/accelerate/config_fsdp2.yaml", {}),
+FSDP2 = "configs/accelerate/config_fsdp2.yaml"
+FASTEST = {"embeddings_on_host": True, "compile_layers": True}  # as configs/goals/fastest_2x24gb.yaml
+CASES = {  # accelerate config, its changed keys, and settings of the script
+    "FSDP 1, offload": (FSDP1, {}, {}),
+    "FSDP 1, no offload": (FSDP1, {"fsdp_offload_params": False}, {}),
+    "FSDP 2, no offload": (FSDP2, {}, {}),
+    "FSDP 2, offload, as fastest_2x24gb": ("configs/accelerate/config_fsdp2_offload.yaml", {}, FASTEST),
 }
 
 
@@ -48,7 +51,7 @@ def losses(folder: Path) -> list[float]:
     return [seen[step] for step in sorted(seen)]
 
 
-def run_case(model: str, file: str, changes: dict, folder: Path) -> dict:
+def run_case(model: str, file: str, changes: dict, more: dict, folder: Path) -> dict:
     """Train, look, take the end away, resume, and look again."""
     script, config = write_script(folder), changed_config(file, changes, folder)
     output = folder / "out"
@@ -65,7 +68,7 @@ def run_case(model: str, file: str, changes: dict, folder: Path) -> dict:
         "logging_steps": 1,
         "eval_steps": STEPS,
         "disable_tqdm": True,
-    }
+    } | more
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
     rows = []
     for resume in ("false", "true"):
@@ -114,12 +117,12 @@ def main() -> None:
         "command": "python benchmarks/saving_on_gpus.py --model FOLDER --commit COMMIT --out FILE",
         "cases": {},
     }
-    for name, (file, changes) in CASES.items():
+    for name, (file, changes, more) in CASES.items():
         if not name.startswith(options.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                case = run_case(options.model, file, changes, Path(folder))
+                case = run_case(options.model, file, changes, more, Path(folder))
             except Exception as error:  # a failure is a result; the other cases go on
                 case = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         result["cases"][name] = case

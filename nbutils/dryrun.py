@@ -152,7 +152,7 @@ def dry_run(
     setup = Setup.read(config, world_size)
     weights = prepare(shape, folder)
     script = write_script(run_dir)
-    settings = _settings(run_dir, weights, batch, length, steps, lora_r, setup.world_size, extra)
+    settings = settings_for(run_dir, weights, batch, length, steps, lora_r, setup.world_size, extra)
     choices = Choices.read(yaml.safe_load(settings.read_text()))
     expected = plan(shape, setup, batch, length, lora_r, choices=choices)
     if no_accelerator():
@@ -214,7 +214,7 @@ def dry_run(
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-    record["measured"] = _measured(run_dir, host, batch * length * setup.world_size)
+    record["measured"] = measured(run_dir, host, batch * length * setup.world_size)
     return record
 
 
@@ -296,7 +296,7 @@ def _make_weights(shape: Shape, target: Path) -> None:
     print(f"{target}: {size / 1e9:.1f} GB of random NF4 weights in {facts['seconds']:.0f} s", flush=True)
 
 
-def _settings(
+def settings_for(
     run_dir: Path,
     weights: Path,
     batch: int,
@@ -304,9 +304,23 @@ def _settings(
     steps: int,
     lora_r: int,
     world_size: int,
-    extra: list[str],
+    extra: list[str] = (),
 ) -> Path:
-    """Write rows of exactly `length` tokens and the script's YAML."""
+    """Write rows of exactly `length` tokens and the script's YAML.
+
+    Args:
+        run_dir: where both go, and where the script will write.
+        weights: folder of the model.
+        batch: rows a rank and step.
+        length: tokens a row.
+        steps: optimizer steps.
+        lora_r: rank of the adapter.
+        world_size: ranks, over all machines.
+        extra: settings of the script, `name=value`.
+
+    Returns:
+        The path of the YAML.
+    """
     rows = max(8, steps * batch * world_size)
     text = "a b c d e f g h " * (length // 8 + 2)  # at least one token a letter: the script cuts at `length`
     for name, count in (("train.jsonl", rows), ("heldout.jsonl", world_size)):
@@ -404,9 +418,17 @@ def _smaps(pid: int) -> dict[str, int]:
     return {names[name]: int(value) * 1024 for name, value in found if name in names}
 
 
-def _measured(run_dir: Path, host: HostMemory, tokens_a_step: int) -> dict:
+def measured(run_dir: Path, host: HostMemory | None, tokens_a_step: int) -> dict:
+    """What a run under `nbutils.measure` left behind; benchmarks/README.md names the keys.
+
+    Args:
+        run_dir: with `ranks/` and `train/`.
+        host: that watched it; None leaves host memory at 0.
+        tokens_a_step: over all ranks.
+    """
     ranks = [_lines(path) for path in sorted((run_dir / "ranks").glob("rank*.jsonl"))]
-    peak = host.peak()
+    samples = host.samples if host else []
+    peak = host.peak() if host else {}
     steps = [line for line in ranks[0] if line["phase"] == "step"] if ranks else []
     seconds = [round(b["time"] - a["time"], 3) for a, b in itertools.pairwise(steps)]
     counted = seconds[1:]  # from the end of step 2 on: the first two steps warm up
@@ -428,7 +450,7 @@ def _measured(run_dir: Path, host: HostMemory, tokens_a_step: int) -> dict:
         },
         "host_bytes": peak.get("held", 0),
         "host": peak,
-        "host_file_bytes": max((sample["file"] for sample in host.samples), default=0),
+        "host_file_bytes": max((sample["file"] for sample in samples), default=0),
         "host_pinned_bytes": sum(
             max((line.get("pinned", 0) for line in lines), default=0) for lines in ranks
         ),

@@ -1,4 +1,4 @@
-"""The rehearsal with a fault at one stage of one rank; the product knows nothing of it.
+"""The script, rehearsed where there is no GPU, with a fault at one stage of one rank; the product knows nothing of it.
 
 Run as: FAULT='{"stage": "step", "rank": 1, "what": "kill", "count": 3}' accelerate launch ... -m faults SCRIPT ...
 
@@ -13,9 +13,12 @@ Run as: FAULT='{"stage": "step", "rank": 1, "what": "kill", "count": 3}' acceler
 
 import json
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
+
+import torch
 
 from nbutils import checkpoint, loading, rehearsal, resuming, saving
 
@@ -69,4 +72,8 @@ def strike(what: str, told: dict[str, str], args: tuple) -> None:
 if __name__ == "__main__":
     if os.environ.get("FAULT"):
         arm(json.loads(os.environ["FAULT"]), sys.argv[2:])
-    rehearsal.main()
+    if torch.cuda.is_available():
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        rehearsal.main()
