@@ -104,13 +104,6 @@ CASES = {
             80, OFFLOADED, 1, 32768, (), goal("longest_context"), **CARD, seconds=500
         ),
     },
-    # The same launch on one GPU and on two.
-    "scaling": {
-        "70b_big_cards_1_gpu_b2_l2048": Case(
-            80, FSDP2, 2, 2048, (), goal("fastest_big_cards"), ranks=1, seconds=100
-        ),
-        "70b_big_cards_2_gpus_b2_l2048": Case(80, FSDP2, 2, 2048, (), goal("fastest_big_cards"), seconds=100),
-    },
 }
 
 

@@ -170,7 +170,7 @@ def main() -> int:
         return 0
     go_to_root()
     shape = replace(shape_of(options.model), layers=options.layers)
-    weights, runs = prepare(shape, options.folder), Path("runs/scaling").absolute()
+    weights, runs = prepare(shape, options.folder), Path("runs/scaling")
     result = {}
     for ranks in (1, 2):
         record = dry_run(

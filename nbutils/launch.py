@@ -376,9 +376,15 @@ def _short(path: str) -> str:
 
 
 def _last_words(text: str) -> str:
-    """The last error of a text: from the last line that is no part of a traceback's frames, or its last lines."""
+    """The last error of a text: from the last line that is no part of a traceback's frames, or its last lines.
+
+    A thread of C++, such as NCCL's watchdog, ends the process without a Python error. Its words follow `what():`, and
+    below them stand hundreds of lines that Python writes when it is aborted.
+    """
     lines = [line for line in text.splitlines() if line.strip()]
     for number in range(len(lines) - 1, -1, -1):
+        if thrown := re.match(r"(?:\[rank \d+\] ?:?)?\s*what\(\):\s+(.+)", lines[number]):
+            return thrown.group(1)
         if re.match(r"(\[rank \d+\] ?:?)?\s*[\w.]+(Error|Exception|Exit|Interrupt|Failed)\b", lines[number]):
             return "\n".join(lines[number : number + 10])
     return "\n".join(lines[-5:]) or "(it printed nothing)"

@@ -134,6 +134,27 @@ def test_a_script_that_records_nothing_and_exits_with_a_sentence(tmp_path):
         run(path, tmp_path)
 
 
+def test_a_rank_that_c_plus_plus_ends_is_heard(tmp_path):
+    """What NCCL's watchdog leaves when a rank hangs: benchmarks/results/gpu_faults.json has it from two GPUs."""
+    path = script(
+        tmp_path,
+        """
+        import faulthandler
+        if rank == 0:
+            time.sleep(60)
+        faulthandler.enable()  # as `record` of torchrun does: after an abort Python writes where each thread stood
+        print("terminate called after throwing an instance of 'c10::DistBackendError'", file=sys.stderr)
+        print("  what():  [Rank 1] Watchdog caught collective operation timeout: it ran for 20086 ms", file=sys.stderr)
+        sys.stderr.flush()
+        os.abort()
+        """,
+    )
+    with pytest.raises(LaunchFailed) as failed:
+        run(path, tmp_path)
+    last = "[Rank 1] Watchdog caught collective operation timeout: it ran for 20086 ms"
+    assert (failed.value.rank, str(failed.value).splitlines()[-1]) == (1, last)
+
+
 def test_out_of_gpu_memory_comes_with_the_plan(tmp_path):
     """The error is torch's own class; no card is needed to raise it."""
     path = script(
