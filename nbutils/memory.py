@@ -140,7 +140,7 @@ class Setup:
             offload=bool(fsdp.get("fsdp_offload_params", False)),
             reshard=bool(fsdp.get("fsdp_reshard_after_forward", True))
             if version == 2
-            else strategy == "FULL_SHARD",
+            else strategy in ("FULL_SHARD", "HYBRID_SHARD"),
         )
 
 

@@ -65,10 +65,6 @@ def test_each_result_says_what_ran_where(run):
     assert "/tmp/" not in json.dumps(run["config"]) + run["command"]
 
 
-# Recorded when the copy of the head that an evaluation leaves was still there in the next forward pass.
-WITH_A_LEFT_HEAD = {"70b_resident_cap_b2_l2048", "70b_fast_cap_b4_l2048", "70b_big_cards_b2_l2048"}
-
-
 def test_the_plan_is_within_five_percent_of_the_peak(run):
     if run["outcome"] == "oom":
         assert plan_of(run).gpu_peak_bytes > run["config"]["cap_gib"] * GIB
@@ -76,7 +72,7 @@ def test_the_plan_is_within_five_percent_of_the_peak(run):
         assert plan_of(run).gpu_peak_bytes == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.05)
 
 
-def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run, request):
+def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run):
     if run["outcome"] == "oom":
         return
     moments, phases = plan_of(run).moments, run["measured"]["phases"]
@@ -84,9 +80,8 @@ def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run, r
     training = max(
         sum(items.values()) for name, items in moments.items() if name not in ("wrapping", "evaluation")
     )
-    close = 0.04 if any(name in request.node.name for name in WITH_A_LEFT_HEAD) else 0.02
     assert wrapping == pytest.approx(phases["wrapped"][0], rel=0.01)
-    assert training == pytest.approx(phases["trained"][0], rel=close)
+    assert training == pytest.approx(phases["trained"][0], rel=0.02)
 
 
 def test_host_memory_is_within_fifteen_percent(run):
@@ -142,6 +137,12 @@ def test_the_setup_comes_from_the_config_files(config):
     assert setup.world_size == 2 and setup.reshard
 
 
+def test_hybrid_sharding_frees_what_it_gathered_as_full_sharding_does():
+    folder = RESULTS.parents[1] / "configs" / "machines"
+    hybrid, full = (Setup.read(folder / f"two_machines_{name}.yaml") for name in ("hybrid", "fsdp1"))
+    assert hybrid == full and hybrid.reshard
+
+
 def test_cards_and_advice():
     shape = SHAPES["llama31_70b"]
     tight = plan(shape, Setup(2, 1, False), 1, 1024)
@@ -158,7 +159,7 @@ def test_the_readme_shows_what_was_recorded():
         "70b_fsdp1_offload_cap_b2_l2048",
         "70b_fast_cap_b4_l2048",
         "70b_resident_cap_b2_l2048",
-        "long_context_70b",
+        "70b_long_cap_b1_l32768",
     ]
     for line, name in zip(shown, [*files, "70b_big_cards_b2_l2048"], strict=True):
         run = json.loads((RESULTS / f"{name}.json").read_text())
