@@ -189,7 +189,10 @@ def main() -> int:
         if record["outcome"] != "ok":
             return 1
         result = {key: record[key] for key in ("machine", "versions", "commit", "date", "config")} | result
+        result["date"] = result["date"][:10]
         result[f"{ranks}_ranks"] = {"measured": record["measured"]}
+    result["config"].pop("world_size")  # it differs
+    result["config"]["accelerate_config"] = f"{RECIPE}, and {TWO_MACHINES} for two machines"
     result["2_machines"] = two_machines(
         shape, weights, runs / "2_machines", options.batch, options.length, options.steps
     )
