@@ -21,6 +21,7 @@ from nbutils.tiny import tiny_base
 pytestmark = [pytest.mark.launch, pytest.mark.ci]
 
 TWO_MACHINES = ROOT / "configs/machines/two_machines_fsdp1.yaml"
+HYBRID = TWO_MACHINES.with_name("two_machines_hybrid.yaml")
 # Of their own: users, network, mounts and processes, so that no rank is left when the first of them ends.
 NAMESPACES = ["unshare", "-rnmpf", "--kill-child", "--mount-proc"]
 ON_CPUS = {
@@ -98,6 +99,7 @@ def test_the_bytes_on_the_cable_are_those_of_the_plan(hosts):
 def test_hybrid_sharding_costs_the_memory_of_one_machine():
     four, two = Setup(world_size=4), Setup(world_size=2)
     assert inside_a_machine(four, 2) == two
+    assert Setup.read(HYBRID) == two and Setup.read(TWO_MACHINES) == four
     shape = SHAPES["llama31_70b"]
     full = bytes_between_machines(shape, four, 2)
     hybrid = bytes_between_machines(shape, four, 2, hybrid=True)
@@ -116,7 +118,7 @@ def test_the_files_add_to_the_recipe_what_machines_need_and_nothing_else():
     recipe, two = configs.flat_keys(ROOT / configs.RECIPE), configs.flat_keys(TWO_MACHINES)
     added = {key for key in two if two[key] != recipe.get(key)}
     assert added == {"main_process_ip", "main_process_port", "num_machines", "num_processes"}
-    hybrid = configs.flat_keys(TWO_MACHINES.with_name("two_machines_hybrid.yaml"))
+    hybrid = configs.flat_keys(HYBRID)
     assert {key for key in hybrid if hybrid[key] != two.get(key)} == {"fsdp_sharding_strategy"}
 
 
