@@ -143,7 +143,7 @@ class TestLesson01:
         v = executed[1][0]["variants"]
         assert v["HYBRID_SHARD"]["resident_after_wrapping"] == v["FULL_SHARD"]["resident_after_wrapping"]
 
-    def test_hybrid_with_one_device_a_machine_shards_nothing_and_sums_no_gradients(self, executed):
+    def test_hybrid_with_one_device_sums_no_gradients(self, executed):
         for rank in executed[1]:
             one = rank["one device a machine"]
             assert (
