@@ -108,7 +108,9 @@ def test_hybrid_shards_inside_a_host_and_the_hosts_train_one_adapter(hosts):
     run = json.loads((folder / "hybrid/run.json").read_text())
     facts = run["training"]
     assert (facts["world_size"], facts["distributed_type"]) == (4, "FSDP")
-    assert [2 * held for held in facts["nf4_bytes_per_rank"]] == [facts["nf4_bytes_total"]] * 4
+    held = facts["nf4_bytes_per_rank"]
+    assert held[:2] == held[2:] and held[0] + held[1] == facts["nf4_bytes_total"]
+    assert held[0] == pytest.approx(held[1], rel=0.01)  # a unit is halved wherever its middle is
     assert run["adapter"]["verified"]  # by each rank: what it holds is what the file says
 
     # The same in the checkpoint, without the code that verifies: halves on a host, equal ones on the other.
