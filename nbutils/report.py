@@ -103,8 +103,8 @@ def refuse_surprises(facts: dict, trainer: Trainer) -> None:
             f"FSDP was asked for, but the run is {facts['distributed_type']}: every rank would hold the whole model. "
             "Launch with one of configs/accelerate/, and on a machine without GPUs through nbutils.rehearsal."
         )
-    sharing = _ranks_that_share(trainer, facts["world_size"])
-    if facts["distributed_type"] == "FSDP" and sharing:
+    with_fsdp = facts["distributed_type"] == "FSDP"
+    if with_fsdp and (sharing := _ranks_that_share(trainer, facts["world_size"])):
         share = facts["nf4_bytes_total"] / sharing
         uneven = [b for b in facts["nf4_bytes_per_rank"] if abs(b - share) > 0.05 * share]
         if uneven or share == 0:
