@@ -461,6 +461,31 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(tensor.detach().contiguous().view(torch.uint8).to(torch.int64).sum())
 
 
+def trained_together(file: Path, base: torch.nn.Module, devices: int) -> dict:
+    """One backward pass on rows of each rank's own, where a process sees this many devices: are gradients summed?
+
+    With one device each rank is what the only rank of a machine with one GPU is.
+
+    Returns:
+        What this rank keeps, and whether all ranks have the same gradients, as those that hold copies must.
+    """
+    tokens = (torch.arange(64) + dist.get_rank()).view(2, 32)
+    kind = torch.cuda if torch.cuda.is_available() else torch.cpu
+    with _replaced(kind, "device_count", lambda: devices):
+        accelerator, model, _ = wrapped(file, with_adapter(base), True, None)
+    units, tokens = units_of(model), tokens.to(accelerator.device)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    mine = [p.grad.float().sum().item() for p in model.parameters() if p.grad is not None]
+    everybody = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return {
+        "resident_after_wrapping": resident(units),
+        "units": {name: unit_bytes(unit) for name, unit in units.items()},
+        "gradients": len(mine),
+        "gradients_agree": all(other == mine for other in everybody),
+    }
+
+
 def hybrid_mesh(base: torch.nn.Module, device: str) -> dict:
     """HYBRID_SHARD over a mesh of two groups: stands for two machines with half of the ranks each."""
     from peft.utils.other import fsdp_auto_wrap_policy
@@ -556,6 +581,16 @@ def run_all(folder: Path, device: str, steps: int, save) -> dict:
     for value in [False, True] if device == "cuda" else [False]:
         file = configs.variant(files[1], folder, **alone, fsdp_sync_module_states=value)
         results["sync_module_states"][str(value)] = attempt(agreement_after_wrapping, file, base)
+    save(results)
+    results["one device a machine"] = {
+        strategy: attempt(
+            trained_together,
+            configs.variant(files[1], folder, **usual, fsdp_sharding_strategy=strategy),
+            base,
+            1,
+        )
+        for strategy in ("NO_SHARD", "HYBRID_SHARD")
+    }
     save(results)
     if dist.get_world_size() >= 4:
         results["hybrid over two groups"] = attempt(hybrid_mesh, base, device)

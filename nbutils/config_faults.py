@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from nbutils.hybrid import hybrid_fault
+
 # What FSDP 1 reads and FSDP 2 ignores, with what stands in its place.
 ONLY_FSDP1 = {
     "fsdp_sharding_strategy": "write fsdp_reshard_after_forward: true for FULL_SHARD, false for SHARD_GRAD_OP",
@@ -46,6 +48,7 @@ def refuse_bad_config(file: str | Path, num_processes: int | None = None, gpus: 
     _refuse_bad_counts(file, content, num_processes, gpus)
     if content.get("distributed_type") == "FSDP":
         _refuse_keys_of_the_other_fsdp(file, content["fsdp_config"])
+        _refuse_hybrid_of_other_groups(file, content, num_processes, gpus)
         _refuse_mixed_precision(file, content)
         _refuse_what_the_plugin_refuses(file)
     return content
@@ -132,6 +135,14 @@ def _refuse_keys_of_the_other_fsdp(file, keys: dict) -> None:
                 f"{file}: {key} belongs to FSDP {3 - int(version)}, this is a file for FSDP {version}, and accelerate "
                 f"would drop the key without a word. Instead: {instead}."
             )
+
+
+def _refuse_hybrid_of_other_groups(file, content: dict, num_processes: int | None, gpus: int | None) -> None:
+    ranks = (num_processes or content.get("num_processes", 1)) // content.get("num_machines", 1)
+    on_cpus = gpus is None or content.get("use_cpu")  # a rehearsal counts a device for each rank
+    strategy = content["fsdp_config"].get("fsdp_sharding_strategy")
+    if fault := hybrid_fault(strategy, ranks, ranks if on_cpus else gpus):
+        raise BadConfig(f"{file}: {fault}")
 
 
 def _refuse_mixed_precision(file, content: dict) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from nbutils.hybrid import is_hybrid
+
 GIB = 2**30
 BF16 = 2  # bytes
 FP32 = 4
@@ -127,15 +129,18 @@ class Setup:
         """Read an accelerate config file.
 
         Args:
-            path: YAML for `accelerate launch`.
-            world_size: if it differs from the file's `num_processes`.
+            path: YAML for `accelerate launch`. Under HYBRID_SHARD the ranks of one machine share the model.
+            world_size: ranks of all machines, if they differ from the file's `num_processes`.
         """
         config = yaml.safe_load(Path(path).read_text())
         fsdp = config.get("fsdp_config") or {}
         version = int(fsdp.get("fsdp_version", 1)) if fsdp else 0
-        strategy = str(fsdp.get("fsdp_sharding_strategy", "FULL_SHARD"))
+        strategy = fsdp.get("fsdp_sharding_strategy", "FULL_SHARD")
+        sharing = world_size or config.get("num_processes", 1)
+        if version == 1 and is_hybrid(strategy):
+            sharing //= config.get("num_machines", 1)
         return cls(
-            world_size=world_size or config.get("num_processes", 1),
+            world_size=sharing,
             fsdp_version=version,
             offload=bool(fsdp.get("fsdp_offload_params", False)),
             reshard=bool(fsdp.get("fsdp_reshard_after_forward", True))

@@ -21,6 +21,7 @@ from nbutils.compiling import refuse_fsdp1
 from nbutils.course import ROOT
 from nbutils.download import CannotDownload
 from nbutils.glance import Refused, look_at_model, nearest_folder, refuse_output, refuse_versions
+from nbutils.hybrid import hybrid_fault, is_hybrid
 from nbutils.loading import IN_MEMORY_BYTES
 from nbutils.memory import (
     BF16,
@@ -54,6 +55,7 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
         CheckpointError: `output_dir` holds another run, or nothing that can be resumed.
     """
     _together(lambda: _refuse_settings(recipe, training), every_rank=True)
+    _together(_refuse_hybrid_of_other_groups, every_rank=True)
     _together(lambda: refuse_versions(say=_say_once))
     _together(lambda: _refuse_output(Path(training.output_dir)))
     refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
@@ -146,6 +148,12 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
     refuse_what_checkpoints_do_not_serve(training)
 
 
+def _refuse_hybrid_of_other_groups() -> None:
+    devices = (torch.cuda if torch.cuda.is_available() else torch.cpu).device_count()  # what FSDP 1 asks
+    if fault := hybrid_fault(_strategy(), _ranks_here(), devices):
+        raise Refused(fault)
+
+
 def _say_once(sentence: str) -> None:
     if rank() == 0:
         print(sentence, flush=True)
@@ -191,7 +199,7 @@ def _tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
 
 def _refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: bool) -> None:
     """Host memory for the ranks of this machine, beside the libraries, which are in memory already."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = _ranks_here()
     choices = Choices(
         embeddings_on_host=recipe.embeddings_on_host,
         compile_layers=recipe.compile_layers,
@@ -258,13 +266,26 @@ def _refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_d
 
 def _setup() -> Setup:
     """The launch as the environment of this rank tells it."""
-    variables = os.environ
-    fsdp = variables.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    world = dist.get_world_size() if dist.is_initialized() else 1
     return Setup(
-        world_size=dist.get_world_size() if dist.is_initialized() else 1,
-        fsdp_version=int(variables.get("FSDP_VERSION", "1")) if fsdp else 0,
-        offload=variables.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
+        world_size=_ranks_here() if is_hybrid(_strategy()) else world,
+        fsdp_version=_fsdp_version(),
+        offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
     )
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _fsdp_version() -> int:
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return int(os.environ.get("FSDP_VERSION", "1")) if fsdp else 0
+
+
+def _strategy() -> str | None:
+    """Of FSDP 1; accelerate gives the variable to FSDP 2 as well, which does not read it."""
+    return os.environ.get("FSDP_SHARDING_STRATEGY") if _fsdp_version() == 1 else None
 
 
 def _first_line(problem: Exception) -> str:

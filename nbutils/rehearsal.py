@@ -3,8 +3,8 @@
 Run as: `accelerate launch --config_file configs/accelerate/rehearsal_fsdp1.yaml -m nbutils.rehearsal SCRIPT.py ...`
 
 The training script knows nothing of this. On a CPU, Accelerate reads `distributed_type: FSDP` from the
-file and then trains with plain DDP, without a word. Three things stand in the way of FSDP there, and
-`enable()` removes them; two more that spoil what a run computes or saves are switched off as well:
+file and then trains with plain DDP, without a word. `enable()` removes what stands in the way of FSDP there, and what
+spoils what a run computes or saves:
 
 1. `AcceleratorState` sets the type to FSDP for accelerator backends only. We set it for gloo on CPU too.
 2. Its device is `cpu:0`; FSDP 1 insists on `cpu`, without a number.
@@ -16,6 +16,8 @@ file and then trains with plain DDP, without a word. Three things stand in the w
    what it believes it has copied: `setStorage: ... out of bounds for storage of size 0`.
 6. On a CPU, transformers leaves `ddp_timeout` out when it makes the process group, and a rank would wait half an hour
    for one that is gone.
+7. FSDP 1 takes the number of devices for the ranks of a machine when it makes the groups of HYBRID_SHARD, and torch
+   counts one CPU. Here a machine counts as many devices as it has ranks, as one with GPUs does (nbutils.hybrid).
 
 A tiny launch is mostly imports. Three things make them and the end of the process shorter; what each one saves stands
 in docs/speed_log.md: less garbage collection, an end without the interpreter's own, and bitsandbytes without torch's
@@ -52,6 +54,7 @@ def enable() -> None:
     _import_bitsandbytes_without_the_compiler()
     _join_the_gloo_group_by_default()
     _let_accelerate_choose_fsdp()
+    _count_a_device_for_each_rank()
     keep_four_bit_weights_in_order()
     _keep_gathered_weights_while_they_are_saved()
 
@@ -105,6 +108,12 @@ def _let_accelerate_choose_fsdp() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
+
+
+def _count_a_device_for_each_rank() -> None:
+    import torch
+
+    torch.cpu.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def keep_four_bit_weights_in_order() -> None:

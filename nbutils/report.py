@@ -8,6 +8,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from nbutils.hybrid import is_hybrid
+
 
 class NotAsPromised(RuntimeError):
     """The run that started is not the run that was asked for."""
@@ -101,8 +103,9 @@ def refuse_surprises(facts: dict, trainer: Trainer) -> None:
             f"FSDP was asked for, but the run is {facts['distributed_type']}: every rank would hold the whole model. "
             "Launch with one of configs/accelerate/, and on a machine without GPUs through nbutils.rehearsal."
         )
-    share = facts["nf4_bytes_total"] / facts["world_size"]
-    if facts["distributed_type"] == "FSDP" and _sharded_by_design(trainer):
+    with_fsdp = facts["distributed_type"] == "FSDP"
+    if with_fsdp and (sharing := _ranks_that_share(trainer, facts["world_size"])):
+        share = facts["nf4_bytes_total"] / sharing
         uneven = [b for b in facts["nf4_bytes_per_rank"] if abs(b - share) > 0.05 * share]
         if uneven or share == 0:
             wrong.append(
@@ -175,6 +178,12 @@ def _dtypes(model: torch.nn.Module, trainable: bool) -> list[str]:
     return sorted(str(dtype).removeprefix("torch.") for dtype in found)
 
 
-def _sharded_by_design(trainer: Trainer) -> bool:
+def _ranks_that_share(trainer: Trainer, world_size: int) -> int:
+    """Among how many ranks the model is to be divided; 0 if it is not."""
     plugin = trainer.accelerator.state.fsdp_plugin
-    return plugin.fsdp_version == 2 or plugin.sharding_strategy.name in ("FULL_SHARD", "SHARD_GRAD_OP")
+    if plugin.fsdp_version == 2:
+        return world_size
+    strategy = plugin.sharding_strategy.name
+    if is_hybrid(strategy):
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return world_size if strategy in ("FULL_SHARD", "SHARD_GRAD_OP") else 0

@@ -69,6 +69,13 @@ TROUBLES = [
         "Launch the rehearsal, `-m nbutils.rehearsal`. The script stops a run that is not FSDP.",
         "tests/test_training.py::test_a_launch_that_falls_back_from_fsdp_fails",
     ),
+    Trouble(
+        "(HYBRID_SHARD: each rank trains an adapter of its own)",
+        "torch 2.13, FSDP 1",
+        "FSDP 1 shards among as many ranks as a process sees devices. One: nothing is sharded, no gradient summed.",
+        "`FULL_SHARD`, or all GPUs of each machine. The launcher and the script refuse it (`nbutils.hybrid`).",
+        "tests/test_lessons_00_01.py::test_hybrid_with_one_device_sums_no_gradients",
+    ),
     # ---- model and data
     Trouble(
         "GatedRepoError",

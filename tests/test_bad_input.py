@@ -33,6 +33,7 @@ from nbutils.chat import PAD_CANDIDATES
 from nbutils.config_faults import BadConfig, refuse_bad_config
 from nbutils.configs import RECIPE, RECIPE_FSDP2, variant
 from nbutils.course import ROOT
+from nbutils.hybrid import SPELLINGS
 from nbutils.launch import choose_config
 from nbutils.loading import quantise_checkpoint
 from nbutils.recipe import write_script
@@ -41,6 +42,7 @@ from nbutils.tiny import tiny_base
 
 pytestmark = pytest.mark.launch
 
+HYBRID = Path("configs/machines/two_machines_hybrid.yaml")
 COMMAND = "python -m pytest -m matrix -s tests/test_bad_input.py"
 SETTINGS = {
     "dataset": str(ROOT / "data/instructions/train.jsonl"),
@@ -65,6 +67,21 @@ CONFIGS = {
         RECIPE,
         {},
         r"asks for 2 processes on this machine, one a GPU, and it shows 0 GPUs",
+    ),
+    "hybrid, one rank a machine": (
+        HYBRID,
+        {"num_processes": 2},
+        r"HYBRID_SHARD with 1 rank a machine, wanted at least 2: .* Take FULL_SHARD",
+    ),
+    "hybrid by number, one rank a machine": (
+        HYBRID,
+        {"num_processes": 2, "fsdp_sharding_strategy": 5},
+        r"fsdp_sharding_strategy is 5 with 1 rank a machine",
+    ),
+    "hybrid on two of four GPUs": (
+        HYBRID,
+        {},
+        r"HYBRID_SHARD with 2 ranks a machine, each of which sees 4 devices; .* show 2 with CUDA_VISIBLE_DEVICES",
     ),
     "misspelt key": (
         RECIPE,
@@ -102,14 +119,14 @@ CONFIGS = {
     "no processes": (RECIPE, {"num_processes": 0}, r"num_processes is 0, .*wanted whole numbers from 1"),
 }
 
+GPUS = {"more processes than GPUs": 0, "hybrid on two of four GPUs": 4}  # a rehearsal does not ask
+
 
 @pytest.mark.parametrize("cause", CONFIGS)
 def test_a_bad_config_is_refused(cause, tmp_path):
     file, changes, words = CONFIGS[cause]
     with pytest.raises(BadConfig, match=words) as refused:
-        refuse_bad_config(
-            variant(ROOT / file, tmp_path, **changes), gpus=0 if cause.startswith("more") else None
-        )
+        refuse_bad_config(variant(ROOT / file, tmp_path, **changes), gpus=GPUS.get(cause))
     assert "\n" not in str(refused.value)
 
 
@@ -141,7 +158,7 @@ class Case:
     """A row being prepared: a folder of its own, a model that is a copy of the tiny base, settings to spoil."""
 
     def __init__(self, folder: Path):
-        self.folder, self.settings, self.path = folder, {}, None
+        self.folder, self.settings, self.path, self.variables = folder, {}, None, {}
         (folder / "out/adapter").mkdir(parents=True)
         (folder / "out/adapter/adapter_config.json").write_text("{}")  # an earlier adapter, which must stay
         (folder / "out/notes.txt").write_text("keep me")
@@ -166,6 +183,10 @@ class Case:
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         self.path = str(info.parent)
+
+
+def variables(**changes):
+    return lambda case: case.variables.update(changes)
 
 
 def settings(**changes):
@@ -286,6 +307,10 @@ CASES = {
             eval_steps=1,
         ),
         r"Found load_best_model_at_end; these checkpoints",
+    ),
+    "hybrid, two machines of one rank": (
+        variables(FSDP_SHARDING_STRATEGY="HYBRID_SHARD", LOCAL_WORLD_SIZE="1"),
+        r"HYBRID_SHARD with 1 rank a machine, wanted at least 2: .* Take FULL_SHARD",
     ),
     "compiled under FSDP 1": (settings(compile_layers=True), r"compile_layers wants FSDP 2"),
     # model
@@ -485,6 +510,7 @@ def answered(tmp_path_factory, hub):
             "refuse": True,
             "args": ["--config", str(case.file)],
             "path": case.path,
+            "variables": case.variables,
             "timeout": 60,
         }
         for number, case in enumerate(cases.values())
@@ -624,10 +650,12 @@ def test_the_whole_table_in_the_terminal(answered, tmp_path, hub, script):
         assert "Traceback" not in done.stdout + done.stderr
 
     for cause, (file, changes, expected) in CONFIGS.items():
-        if not cause.startswith("more"):  # which the rehearsal does not ask
+        if cause not in GPUS:
             config = variant(ROOT / file, tmp_path, **changes)
             answer(cause, expected, "--config_file", str(config), script, "--config", "train.yaml")
     for cause, case in answered[0].items():
+        if case.variables:  # of more machines than a terminal has
+            continue
         answer(cause, CASES[cause][1], script, "--config", str(case.file), path=case.path)
         assert snapshot(case.folder / "out") == case.before
     median = round(statistics.median(row["seconds"] for row in rows), 1)
@@ -702,6 +730,27 @@ def test_rows_without_room_for_an_answer_are_counted(accepted):
 def test_an_untested_version_is_a_warning(accepted):
     assert accepted["untested"]["status"] == [0], accepted["untested"]["output"]
     assert "Not tested together: peft 0.21.99 (tested: " in accepted["untested"]["output"][0]
+
+
+def test_hybrid_where_each_rank_sees_one_of_the_gpus_is_refused(monkeypatch):
+    """As a scheduler shows them that binds a GPU to each task; FSDP 1 would take each rank for a machine."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+    refusing._refuse_hybrid_of_other_groups()
+    for spelling in SPELLINGS:
+        monkeypatch.setenv("FSDP_SHARDING_STRATEGY", spelling)
+        with pytest.raises(
+            Refused, match=rf"is {spelling} with 2 ranks a machine, each of which sees 1 device; "
+        ):
+            refusing._refuse_hybrid_of_other_groups()
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        refusing._refuse_hybrid_of_other_groups()
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("FSDP_VERSION", "2")  # which reads no strategy
+    refusing._refuse_hybrid_of_other_groups()
 
 
 def test_a_card_without_bf16_is_refused(tmp_path, monkeypatch):

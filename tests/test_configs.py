@@ -12,6 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from nbutils import configs, questionnaire
 from nbutils.course import ROOT
+from nbutils.hybrid import SPELLINGS, is_hybrid
 from nbutils.needs import MODELS, gpu_gib
 
 FOLDER = ROOT / "configs" / "accelerate"
@@ -94,6 +95,15 @@ def test_the_recipe_resolves_to_the_plugin_it_means():
     assert plugin.sync_module_states is True
     assert plugin.cpu_ram_efficient_loading is True
     assert plugin.forward_prefetch is False
+
+
+@pytest.mark.parametrize(
+    "spelling", [*SPELLINGS, "hybrid_shard", 4, "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", 1, 3]
+)
+def test_hybrid_strategies_are_known_by_every_spelling_that_accelerate_reads(spelling, tmp_path):
+    plugin = configs.resolve(configs.variant(RECIPE, tmp_path, fsdp_sharding_strategy=spelling))
+    hybrid = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+    assert is_hybrid(spelling) == (plugin.sharding_strategy in hybrid)
 
 
 def test_the_fsdp2_twin_resolves_to_the_plugin_it_means():

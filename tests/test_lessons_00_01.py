@@ -139,9 +139,18 @@ class TestLesson01:
         moved = {name: sum(v[name]["moved"].values()) for name in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")}
         assert moved["FULL_SHARD"] > moved["SHARD_GRAD_OP"] > moved["NO_SHARD"] > 0
 
-    def test_hybrid_shards_nothing_on_a_cpu(self, executed):
+    def test_hybrid_shards_among_the_ranks_of_a_machine(self, executed):
         v = executed[1][0]["variants"]
-        assert v["HYBRID_SHARD"]["resident_after_wrapping"] == v["NO_SHARD"]["resident_after_wrapping"]
+        assert v["HYBRID_SHARD"]["resident_after_wrapping"] == v["FULL_SHARD"]["resident_after_wrapping"]
+
+    def test_hybrid_with_one_device_sums_no_gradients(self, executed):
+        for rank in executed[1]:
+            one = rank["one device a machine"]
+            assert (
+                one["HYBRID_SHARD"]["resident_after_wrapping"] == one["NO_SHARD"]["resident_after_wrapping"]
+            )
+            assert one["HYBRID_SHARD"]["gradients"] == one["NO_SHARD"]["gradients"] > 0
+            assert one["NO_SHARD"]["gradients_agree"] and not one["HYBRID_SHARD"]["gradients_agree"]
 
     def test_the_file_policy_needs_original_parameters_and_moves_more(self, executed):
         v = executed[1][0]["variants"]

@@ -9,7 +9,7 @@ goes to `<folder>/<name>.json`: the exit status of each rank and its output. `ki
     {"rank": 1, "torn": 2}             in the middle of writing its 2nd file of pieces
     {"rank": 1, "seconds": 3.1}        that long after its first training step began, wherever it is
 `refuse` is true where the run must be refused before a weight is read: reading one is then said and ends the rank.
-`path` is a folder that goes before all others on the import path.
+`path` is a folder that goes before all others on the import path, `variables` go into the environment.
 """
 
 import json
@@ -91,6 +91,7 @@ def be_rank(number: int, run: dict, port: int, script: str, log: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+    os.environ |= run.get("variables", {})
     from nbutils import rehearsal
 
     try:

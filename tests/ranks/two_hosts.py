@@ -1,10 +1,11 @@
 """Two hosts made of this machine: network namespaces joined by a cable, `accelerate launch` in each.
 
-Run by tests/test_two_hosts.py: unshare -rnmpf --kill-child --mount-proc python tests/ranks/two_hosts.py FOLDER CONFIG
+Run by tests/test_two_hosts.py:
+unshare -rnmpf --kill-child --mount-proc python tests/ranks/two_hosts.py FOLDER CONFIG HYBRID
 
 FOLDER holds the script and its arguments (arguments.json), and is the file system that both see. First a launch with
-the static rendezvous, in which the cable is pulled in the middle; then one with c10d, which resumes. What came of both
-is printed as JSON.
+the static rendezvous, in which the cable is pulled in the middle; then one with c10d, which resumes; last one of the
+config HYBRID with two ranks a host (arguments: hybrid.json). What came of them is printed as JSON.
 """
 
 import json
@@ -34,11 +35,13 @@ def make_network() -> None:
     subprocess.run(["mount", "--bind", str(names), "/etc/hosts"], check=True)
 
 
-def start(host: int, folder: Path, config: str, *more: str) -> subprocess.Popen:
+def start(
+    host: int, folder: Path, config: str, *more: str, arguments: str = "arguments.json"
+) -> subprocess.Popen:
     """What is typed on a machine, in the host's network."""
     words = ["accelerate", "launch", "--config_file", config, "--machine_rank", str(host), *more]
     words += ["-m", "nbutils.rehearsal", str(folder / "fine_tuning_FSDP_QLoRA.py")]
-    words += json.loads((folder / "arguments.json").read_text())
+    words += json.loads((folder / arguments).read_text())
     enter = [
         "nsenter",
         f"--net=/run/netns/host{host}",
@@ -56,8 +59,8 @@ def start(host: int, folder: Path, config: str, *more: str) -> subprocess.Popen:
     )
 
 
-def steps_of(folder: Path) -> int:
-    file = folder / "out/progress.jsonl"
+def steps_of(out: Path) -> int:
+    file = out / "progress.jsonl"
     lines = (
         [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]
         if file.exists()
@@ -66,15 +69,15 @@ def steps_of(folder: Path) -> int:
     return max((line["step"] for line in lines), default=0)
 
 
-def count_bytes(folder: Path, hosts: list[subprocess.Popen], begin: int, end: int) -> int:
+def count_bytes(out: Path, hosts: list[subprocess.Popen], begin: int, end: int) -> int:
     """What host 0 puts on the cable in a step, on average over the steps from `begin` to `end`."""
     seen = []
     for goal in (begin, end):
         until = time.monotonic() + BOUND
-        while steps_of(folder) < goal and time.monotonic() < until and hosts[0].poll() is None:
+        while steps_of(out) < goal and time.monotonic() < until and hosts[0].poll() is None:
             time.sleep(0.02)
         told = subprocess.run("ip -n host0 -j -s link show cable".split(), check=True, capture_output=True)  # noqa: SIM905
-        seen.append((steps_of(folder), json.loads(told.stdout)[0]["stats64"]["tx"]["bytes"]))
+        seen.append((steps_of(out), json.loads(told.stdout)[0]["stats64"]["tx"]["bytes"]))
     (first, before), (last, after) = seen
     return (after - before) // max(1, last - first)
 
@@ -98,15 +101,16 @@ def told(hosts: list[subprocess.Popen], folder: Path) -> dict:
     }
 
 
-def main(folder: Path, config: str) -> None:
+def main(folder: Path, config: str, hybrid: str) -> None:
     make_network()
+    out = folder / "out"
     hosts = [start(host, folder, config) for host in (0, 1)]
     end = time.monotonic() + BOUND
-    while steps_of(folder) < 5 and time.monotonic() < end and all(host.poll() is None for host in hosts):
+    while steps_of(out) < 5 and time.monotonic() < end and all(host.poll() is None for host in hosts):
         time.sleep(0.02)
     subprocess.run(["ip", "-n", "host1", "link", "set", "cable", "down"], check=True)
     seconds = wait(hosts)
-    first = told(hosts, folder) | {"seconds_to_end": seconds, "step": steps_of(folder)}
+    first = told(hosts, folder) | {"seconds_to_end": seconds, "step": steps_of(out)}
 
     subprocess.run(["ip", "-n", "host1", "link", "set", "cable", "up"], check=True)
     (folder / "arguments.json").write_text(
@@ -114,10 +118,16 @@ def main(folder: Path, config: str) -> None:
     )
     c10d = ("--rdzv_backend", "c10d")
     hosts = [start(host, folder, config, *c10d) for host in (0, 1)]
-    sent = count_bytes(folder, hosts, first["step"] + 2, 28)
+    sent = count_bytes(out, hosts, first["step"] + 2, 28)
     wait(hosts)
-    print(json.dumps({"static": first, "c10d": told(hosts, folder) | {"bytes_a_step": sent}}))
+    second = told(hosts, folder) | {"bytes_a_step": sent}
+
+    hosts = [start(host, folder, hybrid, arguments="hybrid.json") for host in (0, 1)]
+    sent = count_bytes(folder / "hybrid", hosts, 2, 8)
+    wait(hosts)
+    third = told(hosts, folder) | {"bytes_a_step": sent}
+    print(json.dumps({"static": first, "c10d": second, "hybrid": third}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])
