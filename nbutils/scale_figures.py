@@ -9,10 +9,11 @@ import matplotlib.pyplot as plt
 import yaml
 
 from nbutils import plots
-from nbutils.memory import CARDS, GIB, SHAPES, Choices, Plan, Setup, plan
+from nbutils.memory import CARDS, GIB, OUTSIDE, SHAPES, Choices, Plan, Setup, plan
 
 COLOURS = [plots.BLUE, plots.ORANGE, plots.SKY, plots.GREEN, plots.PURPLE, "#999999"]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\"]
+SMALL = "items below 0.5 GiB"
 
 
 def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
@@ -79,33 +80,44 @@ def draw_plans(
         recorded: GiB by label; None where nothing was recorded.
         cards: nominal sizes in GB.
     """
-    names = list(dict.fromkeys(name for item in plans.values() for name in item.gpu))
+    parts = {label: _thick_parts(item) for label, item in plans.items()}
+    names = list(dict.fromkeys(name for part in parts.values() for name in part if name != SMALL))
     figure, axes = plt.subplots(figsize=(7.2, 0.75 * len(plans) + 2.4))
-    for row, (label, item) in enumerate(plans.items()):
+    for row, part in enumerate(parts.values()):
         left = 0.0
-        for number, name in enumerate(names):
-            gib = item.gpu.get(name, 0) / GIB
+        for number, name in enumerate([*names, SMALL]):
+            gib = part.get(name, 0) / GIB
             style = {"color": COLOURS[number % 6], "hatch": HATCHES[number // 6], "edgecolor": "white"}
+            if name == SMALL:
+                style = {"color": "lightgrey", "edgecolor": "white"}
             axes.barh(row, gib, 0.6, left, linewidth=0.4, label=name, **style)
             left += gib
+    for row, label in enumerate(plans):
         if recorded.get(label):
             axes.plot(recorded[label], row, marker="D", color=plots.BLACK, linestyle="", markersize=6)
+    room = {card: CARDS[card] - OUTSIDE / GIB for card in cards}  # what is left for PyTorch
     for card in cards:
-        axes.axvline(CARDS[card], color=plots.VERMILION, linestyle="--", linewidth=1, marker="")
-        axes.text(CARDS[card], -0.4, f" {card} GB card", color=plots.VERMILION, fontsize=8)
+        axes.axvline(room[card], color=plots.VERMILION, linestyle="--", linewidth=1, marker="")
+        axes.text(room[card], -0.4, f" {card} GB card", color=plots.VERMILION, fontsize=8)
     axes.set_yticks(range(len(plans)), plans)
     axes.set_ylim(len(plans) - 0.5, -0.6)
     axes.set_xlabel("GiB on each GPU at the highest moment; diamond: recorded")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique.keys(), fontsize=7, ncols=3, loc="outside lower center")
+    figure.legend(unique.values(), unique.keys(), fontsize=8, ncols=2, loc="outside lower center")
     text = "; ".join(
         f"{label}: planned {item.gpu_peak_bytes / GIB:.1f} GiB"
         + (f", recorded {recorded[label]:.1f}" if recorded.get(label) else "")
         for label, item in plans.items()
     )
-    lines = ", ".join(f"{card} GB card {CARDS[card]} GiB" for card in cards)
-    plots.show(figure, f"Stacked bars of the memory plan. {text}. Dashed lines: {lines}.")
+    lines = ", ".join(f"{card} GB card {gib:.1f} GiB" for card, gib in room.items())
+    plots.show(figure, f"Stacked bars of the memory plan. {text}. Dashed lines, room for PyTorch: {lines}.")
+
+
+def _thick_parts(item: Plan) -> dict[str, int]:
+    """The items of a plan in bytes; those that would be a hairline are put together."""
+    thick = {name: size for name, size in item.gpu.items() if size >= 0.5 * GIB}
+    return thick | {SMALL: sum(item.gpu.values()) - sum(thick.values())}
 
 
 def draw_speeds(runs: dict[str, dict]) -> None:

@@ -147,7 +147,7 @@ TROUBLES = [
     Trouble(
         "(the log shows a loss, and the loss is NaN)",
         "transformers 5.23",
-        "`logging_nan_inf_filter` puts the mean of the earlier steps into the log, and the run goes on.",
+        "`logging_nan_inf_filter` puts a number made of the earlier losses into the log, and the run goes on.",
         "The script stops in the step before the optimizer takes it: `nbutils.nan_guard`.",
         CELL + "hidden-nan",
         ("huggingface/trl#6702",),
@@ -156,7 +156,7 @@ TROUBLES = [
         "Timed out waiting ...ms",
         "torch 2.13, gloo",
         "Another rank or its machine is gone, or waits for a dead file system. NCCL says `Watchdog caught collective "
-        "operation timeout` (not reproduced).",
+        "operation timeout` (benchmarks/results/gpu_faults.json).",
         "Look at the other machine. `ddp_timeout` sets how long a rank waits, in seconds; then `--resume true`.",
         "tests/test_faults.py::test_a_rank_that_hangs_ends_the_run",
         ("huggingface/transformers#31675",),
