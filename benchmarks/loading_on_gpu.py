@@ -8,8 +8,6 @@ import json
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -17,11 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nbutils.course import go_to_root
-from nbutils.dryrun import machine
 from nbutils.loading import load_nf4, nf4_config
 from nbutils.memory import Shape, shape_of
-
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors")
+from nbutils.provenance import provenance
 
 
 def write_bf16(shape: Shape, folder: str) -> int:
@@ -90,11 +86,7 @@ def main() -> None:
         compared = same_bits(model, theirs)
     result = {
         "what": "the streaming loader at 70B width, from bf16, and its bits beside from_pretrained's",
-        "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": options.commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/loading_on_gpu.py --layers {options.layers}",
+        **provenance(f"python benchmarks/loading_on_gpu.py --layers {options.layers}", options.commit),
         "checkpoint_bytes": size,
         "seconds": round(seconds, 2),
         "gpu_peak_bytes": peak,

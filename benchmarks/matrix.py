@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument(
         "--deadline", type=float, default=1e9, help="seconds from now; no run begins that could not end"
     )
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--commit", default="", help="left out: as git says")
     options = parser.parse_args()
     go_to_root()
     started = time.monotonic()

@@ -4,15 +4,12 @@ Run as: python -m nbutils.dryrun --model llama31_70b --config configs/accelerate
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -26,9 +23,8 @@ from nbutils.course import RUNS, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
 from nbutils.memory import GIB, LIBRARIES_CPU, SHAPES, Choices, Plan, Setup, Shape, plan, shape_of
 from nbutils.progress import read_progress
+from nbutils.provenance import provenance
 from nbutils.recipe import write_script
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="where the random weights are kept (70B: 40 GB of disk)")
     parser.add_argument("--run-dir", type=Path, help="where this run writes; left out: runs/dryrun/<time>")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--commit", default="", help="commit of this repository, for the record")
+    parser.add_argument(
+        "--commit", default="", help="of this repository, for the record; left out: as git says"
+    )
     parser.add_argument("--timeout", type=float, default=560, help="seconds after which the launch is ended")
     parser.add_argument("--trace", action="store_true", help="also record what was in GPU memory at the peak")
     parser.add_argument("--prepare-only", action="store_true", help="only write the random weights")
@@ -132,7 +130,7 @@ def dry_run(
         world_size: ranks; None takes the config's.
         folder: where the random weights are kept between dry runs.
         run_dir: where this run writes.
-        commit: of this repository, for the record.
+        commit: of this repository, for the record; left out: as git says.
         extra: settings of the script, `name=value`.
         changes: keys of the config's `fsdp_config`, `key=value`; the changed copy lies in `run_dir`.
         trace: also record what was in GPU memory at the peak, in `ranks/peak_rank0.json`; for few layers only.
@@ -168,13 +166,9 @@ def dry_run(
     shutil.rmtree(run_dir / "ranks", ignore_errors=True)
     what = (script, ["--config", str(settings)], config, "nbutils.measure", world_size)
     record = {
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(
-            [*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]
+        **provenance(
+            " ".join([*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]),
+            commit,
         ),
         "config": {
             "model": shape.name,
@@ -495,24 +489,6 @@ def _between(ranks: list[list[dict]], first: str, last: str) -> float | None:
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict:
-    """What this machine is, without its name."""
-    memory = psutil.virtual_memory().total
-    facts = {"cpus": psutil.cpu_count(), "host_memory_bytes": memory, "gpus": [], "driver": None}
-    if not no_accelerator():
-        try:
-            query = "--query-gpu=name,memory.total,driver_version"
-            text = subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True
-            ).stdout
-            rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-            facts["gpus"] = [f"{name} {size}" for name, size, _ in rows]
-            facts["driver"] = rows[0][2]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            pass
-    return facts
 
 
 def _predicted(expected: Plan, setup: Setup, cap_gib: float | None) -> dict:
