@@ -12,30 +12,20 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbutils.course import go_to_root
 from nbutils.loading import load_nf4, nf4_config
-from nbutils.memory import Shape, shape_of
 from nbutils.provenance import provenance
+from nbutils.shapes import Shape, config_of, shape_of
 
 
 def write_bf16(shape: Shape, folder: str) -> int:
     """Write a random bf16 checkpoint in shards of 2 GB; bytes."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=False,
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config_of(shape))
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="2GB")
     return sum(p.numel() * 2 for p in model.parameters())

@@ -27,7 +27,7 @@ from nbutils.course import go_to_root
 from nbutils.dryrun import describe, dry_run, measured, prepare, settings_for, write_script
 from nbutils.launch import no_accelerator
 from nbutils.machines import bytes_between_machines, tokens_per_second
-from nbutils.memory import Setup, Shape, shape_of
+from nbutils.shapes import Setup, Shape, shape_of
 
 RECIPE, TWO_MACHINES = "configs/accelerate/config_fsdp.yaml", "configs/machines/two_machines_fsdp1.yaml"
 REHEARSAL = "configs/accelerate/rehearsal_fsdp1.yaml"

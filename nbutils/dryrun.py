@@ -21,10 +21,12 @@ import yaml
 
 from nbutils.course import RUNS, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
-from nbutils.memory import GIB, LIBRARIES_CPU, SHAPES, Choices, Plan, Setup, Shape, plan, shape_of
+from nbutils.memory import Plan, plan
+from nbutils.memory_items import GIB, LIBRARIES_CPU
 from nbutils.progress import read_progress
 from nbutils.provenance import provenance
 from nbutils.recipe import write_script
+from nbutils.shapes import SHAPES, Choices, Setup, Shape, config_of, shape_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,36 +241,13 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
 
 def _make_weights(shape: Shape, target: Path) -> None:
     import torch
-    from transformers import LlamaConfig
 
     from nbutils.loading import empty_model, linear_weights
     from nbutils.quantise import write_nf4
     from nbutils.tiny import read_prose, train_tokenizer
 
     started = time.monotonic()
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=131072,
-        tie_word_embeddings=shape.tied,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        bos_token_id=0,
-        eos_token_id=7,
-        pad_token_id=3,
-    )
+    config = config_of(shape)
     model = empty_model(config, pre_quantised=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
