@@ -8,11 +8,6 @@ optimizer steps in fp32: what `bf16=True` does under FSDP 1. The bf16 adapter st
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,12 +20,12 @@ from transformers import set_seed
 from nbutils.data import load_conversations
 from nbutils.loading import load_nf4, load_tokenizer
 from nbutils.prep import prepare_for_fsdp_qlora
+from nbutils.provenance import provenance
 from nbutils.rehearsal import keep_four_bit_weights_in_order
 from nbutils.tiny import tiny_base
 
 ROWS, LENGTH = 2, 128  # a batch is (ROWS, LENGTH) tokens
 WINDOW = 10  # steps averaged for one point of the curve
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def batches(source: str, tokenizer) -> torch.Tensor:
@@ -109,9 +104,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 1e-3])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapter_dtype.json"))
     settings = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    origin = provenance("python benchmarks/adapter_dtype.py")
 
     keep_four_bit_weights_in_order()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -127,11 +120,8 @@ def main() -> None:
                 print({key: value for key, value in runs[-1].items() if key != "training_loss"}, flush=True)
     record = {
         "what": "bf16 and fp32 LoRA adapter over the tiny base in NF4, FSDP 1 on one process",
-        "command": "python benchmarks/adapter_dtype.py",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores of {_processor()}, no GPU",
-        "commit": commit,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        **origin,
+        "machine": f"{origin['machine']['cpus']} cores of {origin['machine']['cpu']}, no GPU",  # as lesson 03 says it
         "steps": settings.steps,
         "batch": [ROWS, LENGTH],
         "steps_logged": list(range(WINDOW, settings.steps + 1, WINDOW)),
@@ -139,13 +129,6 @@ def main() -> None:
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import re
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -23,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.checkpoints import newest_complete
 from nbutils.course import ROOT, go_to_root
-from nbutils.dryrun import machine
 from nbutils.launch import LaunchFailed, launch
+from nbutils.provenance import provenance
 from nbutils.recipe import write_script
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
 FSDP1, OFFLOADED = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2_offload.yaml"
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 6,
@@ -138,11 +135,10 @@ def main() -> int:
     )
     result = {
         "what": "real launches of the real script over NCCL that break",
-        "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": options.commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": "python benchmarks/gpu_faults.py --model FOLDER --big FOLDER --commit COMMIT --out FILE",
+        **provenance(
+            "python benchmarks/gpu_faults.py --model FOLDER --big FOLDER --commit COMMIT --out FILE",
+            options.commit,
+        ),
         "cases": {},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

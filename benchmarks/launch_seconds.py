@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from provenance import ROOT, provenance
 
-from nbutils.course import go_to_root
+from nbutils.course import ROOT, go_to_root
+from nbutils.provenance import provenance
 from nbutils.recipe import script_text
 from nbutils.tiny import tiny_base
 

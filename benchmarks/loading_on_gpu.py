@@ -8,38 +8,24 @@ import json
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbutils.course import go_to_root
-from nbutils.dryrun import machine
 from nbutils.loading import load_nf4, nf4_config
-from nbutils.memory import Shape, shape_of
-
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors")
+from nbutils.provenance import provenance
+from nbutils.shapes import Shape, config_of, shape_of
 
 
 def write_bf16(shape: Shape, folder: str) -> int:
     """Write a random bf16 checkpoint in shards of 2 GB; bytes."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=False,
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config_of(shape))
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="2GB")
     return sum(p.numel() * 2 for p in model.parameters())
@@ -90,11 +76,7 @@ def main() -> None:
         compared = same_bits(model, theirs)
     result = {
         "what": "the streaming loader at 70B width, from bf16, and its bits beside from_pretrained's",
-        "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": options.commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/loading_on_gpu.py --layers {options.layers}",
+        **provenance(f"python benchmarks/loading_on_gpu.py --layers {options.layers}", options.commit),
         "checkpoint_bytes": size,
         "seconds": round(seconds, 2),
         "gpu_peak_bytes": peak,

@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from provenance import provenance
 
 from nbutils.course import go_to_root
 from nbutils.launch import choose_config, launch
+from nbutils.provenance import provenance
 from nbutils.recipe import write_script
 from nbutils.tiny import tiny_base
 

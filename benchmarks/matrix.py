@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.course import go_to_root
 from nbutils.dryrun import describe, dry_run, prepare
-from nbutils.memory import shape_of
+from nbutils.shapes import shape_of
 
 FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
 ON_GPU = ("fsdp_offload_params=false",)
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument(
         "--deadline", type=float, default=1e9, help="seconds from now; no run begins that could not end"
     )
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--commit", default="", help="left out: as git says")
     options = parser.parse_args()
     go_to_root()
     started = time.monotonic()

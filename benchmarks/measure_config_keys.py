@@ -13,14 +13,11 @@ import datetime
 import gc
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +31,7 @@ from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from nbutils import configs, rehearsal
 from nbutils.loading import load_nf4
+from nbutils.provenance import provenance
 
 SHAPES = {  # small enough for the machine, large enough that padding does not blur the numbers
     "cpu": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4},
@@ -627,33 +625,10 @@ def attempt(function, *args, **kwargs) -> dict:
         }
 
 
-def provenance(command: str, commit: str) -> dict:
-    """Machine, versions, date and command of this run."""
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    driver, gpus = None, []
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, IndexError):
-            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()[0]
-    packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
-    return {
-        "what": "What the keys of configs/accelerate/config_fsdp.yaml do",
-        "machine": {"cpu": cpu, "gpus": gpus, "driver": driver},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": command,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, help="the JSON file to write")
-    parser.add_argument("--commit", default="", help="the commit that is measured")
+    parser.add_argument("--commit", default="", help="the commit that is measured; left out: as git says")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a variant, on GPUs")
     options = parser.parse_args()
 
@@ -672,7 +647,9 @@ def main() -> None:
     dist.barrier()
     ranks = dist.get_world_size()
     command = f"torchrun --nproc-per-node {ranks} benchmarks/measure_config_keys.py --out FILE"
-    report = provenance(command, options.commit) | {
+    report = {
+        "what": "What the keys of configs/accelerate/config_fsdp.yaml do",
+        **provenance(command, options.commit),
         "world_size": ranks,
         "device": device,
         "model": SHAPES[device],

@@ -8,14 +8,11 @@ process's high-water mark (VmHWM) over its size before the merge; file pages tha
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from nbutils.merging import merge
+from nbutils.provenance import provenance
 from nbutils.saving import WEIGHTS
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KV = 8192, 28672, 128256, 1024
@@ -102,18 +100,9 @@ def main() -> None:
         finally:
             shutil.rmtree(folder)
         print(rows[-1], flush=True)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     result = {
         "what": "Peak host memory of a merge with tensors of the shapes of Llama 3.1 70B",
-        "machine": {"cpu": cpu, "gpus": []},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "safetensors")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": "python benchmarks/merge_memory.py --out FILE",
+        **provenance("python benchmarks/merge_memory.py --out FILE"),
         "largest_tensor_bytes": VOCABULARY * HIDDEN * 2,
         "largest_merged_tensor_bytes": HIDDEN * INTERMEDIATE * 2,
         "rows": rows,

@@ -10,21 +10,18 @@ import argparse
 import json
 import shutil
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nbutils.course import go_to_root
-from nbutils.dryrun import machine
 from nbutils.launch import launch
 from nbutils.progress import read_progress
+from nbutils.provenance import provenance
 from nbutils.recipe import write_script
 
 STEPS, EVERY = 8, 4
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
 FSDP1 = "configs/accelerate/config_fsdp.yaml"
 FSDP2 = "configs/accelerate/config_fsdp2.yaml"
 FASTEST = {"embeddings_on_host": True, "compile_layers": True}  # as configs/goals/fastest_2x24gb.yaml
@@ -110,11 +107,9 @@ def main() -> None:
     go_to_root()
     result = {
         "what": "the real script on the tiny base: saved, verified on every rank, resumed",
-        "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": options.commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": "python benchmarks/saving_on_gpus.py --model FOLDER --commit COMMIT --out FILE",
+        **provenance(
+            "python benchmarks/saving_on_gpus.py --model FOLDER --commit COMMIT --out FILE", options.commit
+        ),
         "cases": {},
     }
     for name, (file, changes, more) in CASES.items():

@@ -27,7 +27,7 @@ from nbutils.course import go_to_root
 from nbutils.dryrun import describe, dry_run, measured, prepare, settings_for, write_script
 from nbutils.launch import no_accelerator
 from nbutils.machines import bytes_between_machines, tokens_per_second
-from nbutils.memory import Setup, Shape, shape_of
+from nbutils.shapes import Setup, Shape, shape_of
 
 RECIPE, TWO_MACHINES = "configs/accelerate/config_fsdp.yaml", "configs/machines/two_machines_fsdp1.yaml"
 REHEARSAL = "configs/accelerate/rehearsal_fsdp1.yaml"
@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--folder", type=Path, help="where the random weights are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling.json"))
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--commit", default="", help="left out: as git says")
     parser.add_argument("--link", type=Path, help="measure the link only, as one of two ranks")
     options = parser.parse_args()
     if options.link:
@@ -189,7 +189,6 @@ def main() -> int:
         if record["outcome"] != "ok":
             return 1
         result = {key: record[key] for key in ("machine", "versions", "commit", "date", "config")} | result
-        result["date"] = result["date"][:10]
         result[f"{ranks}_ranks"] = {"measured": record["measured"]}
     result["config"].pop("world_size")  # it differs
     result["config"]["accelerate_config"] = f"{RECIPE}, and {TWO_MACHINES} for two machines"

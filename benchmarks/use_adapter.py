@@ -8,8 +8,6 @@ Plain transformers and PEFT do the work, as a user would: a `device_map` puts ha
 import argparse
 import json
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,10 +15,9 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nbutils.course import go_to_root
-from nbutils.dryrun import machine
 from nbutils.measure import set_cap
+from nbutils.provenance import provenance
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 GIB = 2**30
 PROMPT = "How do I water a plant that looks dry?"
 
@@ -83,11 +80,10 @@ def main() -> None:
         placed[str(device)] = placed.get(str(device), 0) + 1
     result = {
         "what": "an adapter used at full size: 4-bit base and adapter spread over the GPUs; random weights",
-        "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": options.commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/use_adapter.py --model FOLDER --adapter FOLDER --cap-gib {options.cap_gib}",
+        **provenance(
+            f"python benchmarks/use_adapter.py --model FOLDER --adapter FOLDER --cap-gib {options.cap_gib}",
+            options.commit,
+        ),
         "config": {
             "layers": model.config.num_hidden_layers,
             "cap_gib": options.cap_gib,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from nbutils.memory import GIB
+from nbutils.memory_items import GIB
 from nbutils.needs import MODELS, Model, gpu_gib, host_gib
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"

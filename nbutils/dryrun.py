@@ -4,15 +4,12 @@ Run as: python -m nbutils.dryrun --model llama31_70b --config configs/accelerate
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -24,11 +21,12 @@ import yaml
 
 from nbutils.course import RUNS, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
-from nbutils.memory import GIB, LIBRARIES_CPU, SHAPES, Choices, Plan, Setup, Shape, plan, shape_of
+from nbutils.memory import Plan, plan
+from nbutils.memory_items import GIB, LIBRARIES_CPU
 from nbutils.progress import read_progress
+from nbutils.provenance import provenance
 from nbutils.recipe import write_script
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets")
+from nbutils.shapes import SHAPES, Choices, Setup, Shape, config_of, shape_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="where the random weights are kept (70B: 40 GB of disk)")
     parser.add_argument("--run-dir", type=Path, help="where this run writes; left out: runs/dryrun/<time>")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--commit", default="", help="commit of this repository, for the record")
+    parser.add_argument(
+        "--commit", default="", help="of this repository, for the record; left out: as git says"
+    )
     parser.add_argument("--timeout", type=float, default=560, help="seconds after which the launch is ended")
     parser.add_argument("--trace", action="store_true", help="also record what was in GPU memory at the peak")
     parser.add_argument("--prepare-only", action="store_true", help="only write the random weights")
@@ -132,7 +132,7 @@ def dry_run(
         world_size: ranks; None takes the config's.
         folder: where the random weights are kept between dry runs.
         run_dir: where this run writes.
-        commit: of this repository, for the record.
+        commit: of this repository, for the record; left out: as git says.
         extra: settings of the script, `name=value`.
         changes: keys of the config's `fsdp_config`, `key=value`; the changed copy lies in `run_dir`.
         trace: also record what was in GPU memory at the peak, in `ranks/peak_rank0.json`; for few layers only.
@@ -168,13 +168,9 @@ def dry_run(
     shutil.rmtree(run_dir / "ranks", ignore_errors=True)
     what = (script, ["--config", str(settings)], config, "nbutils.measure", world_size)
     record = {
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(
-            [*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]
+        **provenance(
+            " ".join([*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]),
+            commit,
         ),
         "config": {
             "model": shape.name,
@@ -245,36 +241,13 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
 
 def _make_weights(shape: Shape, target: Path) -> None:
     import torch
-    from transformers import LlamaConfig
 
     from nbutils.loading import empty_model, linear_weights
     from nbutils.quantise import write_nf4
     from nbutils.tiny import read_prose, train_tokenizer
 
     started = time.monotonic()
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=131072,
-        tie_word_embeddings=shape.tied,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        bos_token_id=0,
-        eos_token_id=7,
-        pad_token_id=3,
-    )
+    config = config_of(shape)
     model = empty_model(config, pre_quantised=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
@@ -495,24 +468,6 @@ def _between(ranks: list[list[dict]], first: str, last: str) -> float | None:
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict:
-    """What this machine is, without its name."""
-    memory = psutil.virtual_memory().total
-    facts = {"cpus": psutil.cpu_count(), "host_memory_bytes": memory, "gpus": [], "driver": None}
-    if not no_accelerator():
-        try:
-            query = "--query-gpu=name,memory.total,driver_version"
-            text = subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True
-            ).stdout
-            rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-            facts["gpus"] = [f"{name} {size}" for name, size, _ in rows]
-            facts["driver"] = rows[0][2]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            pass
-    return facts
 
 
 def _predicted(expected: Plan, setup: Setup, cap_gib: float | None) -> dict:

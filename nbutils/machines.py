@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from nbutils.memory import BF16, Setup, Shape, nf4_bytes
+from nbutils.memory_items import BF16, nf4_bytes
+from nbutils.shapes import Setup, Shape
 
 # What a link between machines carries at best, in bytes a second and direction.
 LINKS = {

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from nbutils.memory import GIB, LIBRARIES_CPU, OUTSIDE, SHAPES, Setup, plan
+from nbutils.memory import OUTSIDE, plan
+from nbutils.memory_items import GIB, LIBRARIES_CPU
+from nbutils.shapes import SHAPES, Setup
 
 IN_MEMORY_GB = 20  # a bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.loading
 

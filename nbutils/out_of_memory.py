@@ -6,7 +6,9 @@ from pathlib import Path
 import yaml
 
 from nbutils.doctor import find_gpus
-from nbutils.memory import GIB, OUTSIDE, Choices, Setup, plan, shape_of, what_to_change
+from nbutils.memory import OUTSIDE, plan, what_to_change
+from nbutils.memory_items import GIB
+from nbutils.shapes import Choices, Setup, shape_of
 
 
 def advice(arguments: list[str], config: str | Path, num_processes: int | None = None) -> str:

@@ -23,20 +23,12 @@ from nbutils.download import CannotDownload
 from nbutils.glance import Refused, look_at_model, nearest_folder, refuse_output, refuse_versions
 from nbutils.hybrid import hybrid_fault, is_hybrid
 from nbutils.loading import IN_MEMORY_BYTES
-from nbutils.memory import (
-    BF16,
-    GIB,
-    Choices,
-    Setup,
-    Shape,
-    nf4_bytes,
-    plan,
-    quantisation_state_bytes,
-    shape_of,
-)
+from nbutils.memory import plan
+from nbutils.memory_items import BF16, GIB, nf4_bytes, quantisation_state_bytes
 from nbutils.on_host import refuse_offloaded_head
 from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.saving import reject_foreign_folder
+from nbutils.shapes import Choices, Setup, Shape, shape_of
 from nbutils.shards import SaveError, agree, rank
 
 

@@ -1,9 +1,6 @@
 """Run the notebooks in order with papermill, and say at the end what came out."""
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 import threading
 import time
@@ -14,18 +11,16 @@ import nbformat
 import yaml
 
 from nbutils import parameters
-from nbutils.course import ROOT, RUNS, go_to_root, new_run_dir, point_latest_to
+from nbutils.course import RUNS, go_to_root, new_run_dir, point_latest_to
 from nbutils.follow import read_progress
 from nbutils.launch import progress_line
+from nbutils.provenance import PACKAGES, commit, versions
 
 NOTEBOOKS = Path("notebooks")
 TRAINING_NOTEBOOK = "04_write_and_launch"
 CELL_TIMEOUT = 3600  # seconds, if a launch may not take longer; papermill has no limit of its own
 AROUND_A_LAUNCH = 600  # seconds that a cell may take in addition to the launch in it
-PACKAGES = [
-    *("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets"),
-    *("papermill", "nbclient", "jupyterlab", "matplotlib"),
-]
+ALL_PACKAGES = (*PACKAGES, "papermill", "nbclient", "jupyterlab", "matplotlib")
 TRAINING = [
     *("distributed_type", "fsdp_version", "world_size", "quant_type", "quant_storage", "nf4_bytes_per_rank"),
     *("nf4_bytes_total", "loss_first", "loss_last", "held_out_loss_before", "held_out_loss_after"),
@@ -269,28 +264,8 @@ class _CellLines:
 def record_provenance(run_dir: Path, values: dict) -> None:
     """Write `params.yaml` and `versions.json`: what is needed to repeat the run."""
     (run_dir / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False) if values else "{}\n")
-    record = {"commit": commit(), "versions": versions()}
+    record = {"commit": commit(), "versions": versions(ALL_PACKAGES)}
     (run_dir / "versions.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """The installed version of Python and of each package that the course names."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def commit() -> str:
-    """The commit of the repository, with `-dirty` if tracked files were changed since; `unknown` outside git."""
-    try:
-        words = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def summarise(entries: list[Entry], run_dir: Path) -> dict:
@@ -314,7 +289,7 @@ def summarise(entries: list[Entry], run_dir: Path) -> dict:
         "notebooks": notebooks,
         "training": {name: training.get(name) for name in TRAINING},
         "adapter": {name: adapter.get(name) for name in ADAPTER},
-        "versions": versions(),
+        "versions": versions(ALL_PACKAGES),
         "commit": commit(),
     }
 

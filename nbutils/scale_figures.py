@@ -9,7 +9,9 @@ import matplotlib.pyplot as plt
 import yaml
 
 from nbutils import plots
-from nbutils.memory import CARDS, GIB, OUTSIDE, SHAPES, Choices, Plan, Setup, plan
+from nbutils.memory import CARDS, OUTSIDE, Plan, plan
+from nbutils.memory_items import GIB
+from nbutils.shapes import SHAPES, Choices, Setup
 
 COLOURS = [plots.BLUE, plots.ORANGE, plots.SKY, plots.GREEN, plots.PURPLE, "#999999"]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\"]

@@ -10,7 +10,7 @@ from nbutils import doctor
 from nbutils.course import ROOT
 from nbutils.doctor import FAIL, OK, WARN
 from nbutils.loading import IN_MEMORY_BYTES
-from nbutils.memory import GIB
+from nbutils.memory_items import GIB
 from nbutils.needs import IN_MEMORY_GB, MODELS, host_gib
 
 BIG, TINY = MODELS["llama31_70b"], MODELS["tiny"]

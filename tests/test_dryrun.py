@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nbutils.dryrun import describe, dry_run, main
-from nbutils.memory import shape_of
+from nbutils.shapes import shape_of
 
 pytestmark = pytest.mark.launch
 TINY = shape_of("tiny")

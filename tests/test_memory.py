@@ -8,21 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nbutils.memory import (
-    GIB,
-    SHAPES,
-    Choices,
-    Setup,
-    fits,
-    pinned_bytes,
-    plan,
-    quantisation_state_bytes,
-    saved_bytes_per_token,
-    shape_of,
-    what_to_change,
-)
+from nbutils.memory import fits, plan, what_to_change
+from nbutils.memory_items import GIB, pinned_bytes, quantisation_state_bytes, saved_bytes_per_token
 from nbutils.out_of_memory import advice
 from nbutils.scale_figures import plan_of
+from nbutils.shapes import SHAPES, Choices, Setup, config_of, shape_of
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RUNS = {
@@ -120,6 +110,13 @@ def test_a_config_json_gives_the_shape(tmp_path):
         shape_of(tmp_path)
     with pytest.raises(ValueError, match="neither one of tiny"):
         shape_of("llama9")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_config_made_of_a_shape_gives_the_shape_back(name, tmp_path):
+    """Benchmarks and dry runs make their random models so."""
+    config_of(SHAPES[name]).save_pretrained(tmp_path)
+    assert replace(shape_of(tmp_path), name=name) == SHAPES[name]
 
 
 def test_formulas_by_hand():

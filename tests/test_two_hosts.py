@@ -17,8 +17,8 @@ from nbutils.checkpoints import ADAPTER, export_adapter, rank_file
 from nbutils.configs import variant
 from nbutils.course import ROOT
 from nbutils.machines import bytes_between_machines, inside_a_machine, tokens_per_second
-from nbutils.memory import SHAPES, Setup, shape_of
 from nbutils.recipe import write_script
+from nbutils.shapes import SHAPES, Setup, shape_of
 from nbutils.tiny import tiny_base
 
 pytestmark = [pytest.mark.launch, pytest.mark.ci]

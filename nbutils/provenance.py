@@ -1,0 +1,89 @@
+"""Where a result comes from: machine, versions, commit, date, command. Every record begins with them."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from nbutils.course import ROOT
+from nbutils.launch import no_accelerator
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors")
+
+
+def provenance(command: str, commit_here: str = "") -> dict:
+    """What every record says about itself; `nbutils.recorded.label` reads it.
+
+    Args:
+        command: that made it, without what is this machine's own.
+        commit_here: of this repository, for a machine that has the files and no history; left out: as git says.
+
+    Returns:
+        `machine`, `versions`, `commit`, `date` and `command`.
+    """
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit_here or commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command,
+    }
+
+
+def machine() -> dict:
+    """What this machine is, without its name: CPU, cores, bytes of host memory, GPUs and their driver."""
+    gpus = [] if no_accelerator() else _gpus()
+    return {
+        "cpu": _processor(),
+        "cpus": psutil.cpu_count(),
+        "host_memory_bytes": psutil.virtual_memory().total,
+        "gpus": [f"{name} {size}" for name, size, _ in gpus],
+        "driver": gpus[0][2] if gpus else None,
+    }
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The installed version of Python and of each package.
+
+    Args:
+        packages: names; one that is missing is said to be.
+    """
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of the repository, with `-dirty` if tracked files were changed since; `unknown` outside git."""
+    try:
+        words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    with suppress(OSError):  # there is no such file outside Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _gpus() -> list[tuple[str, ...]]:
+    """Name, memory and driver of each GPU, as nvidia-smi tells them; empty without it."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [tuple(cell.strip() for cell in line.split(",")) for line in lines]

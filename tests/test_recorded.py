@@ -1,0 +1,58 @@
+"""Every record says where it comes from, and what is recorded next will say so in the same words."""
+
+import json
+import subprocess
+from datetime import date
+
+import psutil
+import pytest
+from recording import record
+
+from nbutils import provenance, recorded
+from nbutils.course import ROOT
+
+RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_every_record_says_where_it_comes_from(path):
+    report = json.loads(path.read_text())
+    assert report["machine"] and report["commit"] and date.fromisoformat(report["date"][:10])
+    assert {"torch", "transformers"} <= report["versions"].keys()
+
+
+def test_a_record_that_is_made_here_has_a_line_for_readers():
+    said = provenance.provenance("python x.py")
+    assert list(said) == ["machine", "versions", "commit", "date", "command"]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert said["commit"].removesuffix("-dirty") == head.stdout.strip()
+    line = recorded.label(said)
+    assert said["versions"]["torch"] in line and said["date"] in line and f"commit {said['commit']}" in line
+    assert (said["machine"]["gpus"] or [said["machine"]["cpu"]])[0] in line
+    assert said["machine"]["host_memory_bytes"] == psutil.virtual_memory().total
+
+
+def test_a_machine_without_history_is_told_the_commit(tmp_path, monkeypatch):
+    assert provenance.provenance("python x.py", "abc1234")["commit"] == "abc1234"
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.provenance("python x.py")["commit"] == "unknown"
+
+
+def test_a_package_that_is_missing_is_said_to_be():
+    found = provenance.versions(["torch", "no_such_package"])
+    assert found["no_such_package"] == "not installed" and set(found) == {
+        "python",
+        "torch",
+        "no_such_package",
+    }
+
+
+def test_a_long_test_writes_its_record_only_where_it_is_asked_to(tmp_path, monkeypatch):
+    monkeypatch.delenv("RECORD", raising=False)
+    record("what was found", "RECORD=FILE pytest", rows=[1])
+    monkeypatch.setenv("RECORD", str(tmp_path / "found.json"))
+    record("what was found", "RECORD=FILE pytest", rows=[1])
+    assert list(tmp_path.iterdir()) == [tmp_path / "found.json"]
+    said = json.loads((tmp_path / "found.json").read_text())
+    assert (said["what"], said["rows"]) == ("what was found", [1]) and said["machine"]["cpus"]
