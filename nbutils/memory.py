@@ -1,5 +1,6 @@
 """The memory plan: bytes a rank, item by item, on the GPU and in host memory, before anything is bought or started."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nbutils.memory_items import GIB, items_of, quantisation_state_bytes
@@ -106,7 +107,7 @@ def what_to_change(
     budget: int,
     choices: Choices = Choices(),
 ) -> list[str]:
-    """What brings a plan under a budget: each change alone, then all of them, cheapest in speed first.
+    """What brings a plan under a budget: each change alone, cheapest in speed first, then all on these GPUs together.
 
     Args:
         shape: of the model.
@@ -115,30 +116,74 @@ def what_to_change(
         length: tokens a row.
         lora_r: rank of the adapter.
         budget: bytes that the allocator may have.
-        choices: further settings of the script; they stay as they are.
+        choices: further settings of the script.
 
     Returns:
         Sentences; empty if the plan fits as it is.
     """
-    if plan(shape, setup, batch, length, lora_r, choices=choices).gpu_peak_bytes <= budget:
+
+    def peak(run: _Run) -> int:
+        return plan(shape, run.setup, run.batch, run.length, lora_r, choices=run.choices).gpu_peak_bytes
+
+    def sentence(change: str, run: _Run) -> str:
+        verdict = "fits" if peak(run) <= budget else "is still too much"
+        return f"{change}: {peak(run) / GIB:.1f} GiB, {verdict}"
+
+    run = _Run(setup, batch, length, choices)
+    if peak(run) <= budget:
         return []
-    tries = []
-    if batch > 1:
-        tries.append(("one row a rank instead of " + str(batch), setup, 1, length))
+    changes = _changes(run)
+    together = run
+    for change in changes.values():
+        together = change(together)
+    said = [sentence(name, change(run)) for name, change in changes.items()]
+    if len(changes) > 1:
+        said.append(sentence("all of these", together))
+    if setup.fsdp_version:
+        more = replace(setup, world_size=2 * setup.world_size)
+        said.append(sentence("twice as many GPUs", replace(run, setup=more)))
+    return said
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a change changes."""
+
+    setup: Setup
+    batch: int
+    length: int
+    choices: Choices
+
+    def with_setup(self, **changes) -> "_Run":
+        return replace(self, setup=replace(self.setup, **changes))
+
+    def with_choices(self, **changes) -> "_Run":
+        return replace(self, choices=replace(self.choices, **changes))
+
+
+def _changes(run: _Run) -> dict[str, Callable[[_Run], _Run]]:
+    """What can be changed in a run, in words that can be followed; each leaves it one that the script accepts."""
+    setup, choices, changes = run.setup, run.choices, {}
+    if setup.fsdp_version and not choices.embeddings_on_host:
+        changes["embeddings_on_host: true"] = lambda r: r.with_choices(embeddings_on_host=True)
+    if choices.checkpointing and not choices.offload_activations and run.length > 1024:
+        changes["activations in host memory (activation_checkpointing_kwargs, offload)"] = lambda r: (
+            r.with_choices(offload_activations=True)
+        )
+    if run.batch > 1:
+        changes[f"one row a rank instead of {run.batch}"] = lambda r: replace(r, batch=1)
     if not setup.reshard:
-        tries.append(
-            ("reshard after the forward pass (FULL_SHARD)", replace(setup, reshard=True), batch, length)
+        changes["reshard after the forward pass (FULL_SHARD)"] = lambda r: r.with_setup(reshard=True)
+    if not choices.checkpointing or choices.every_n_layers > 1:
+        changes["checkpoints of every layer (activation_checkpointing)"] = lambda r: r.with_choices(
+            checkpointing=True, every_n_layers=1
         )
     if setup.fsdp_version and not setup.offload:
-        offloaded = replace(setup, offload=True, fsdp_version=1)
-        tries.append(("FSDP 1 with parameters in host memory", offloaded, batch, length))
-    if length > 1024:
-        tries.append(("rows of 1,024 tokens instead of " + f"{length:,}", setup, batch, 1024))
-    if setup.fsdp_version:
-        tries.append(("twice as many GPUs", replace(setup, world_size=2 * setup.world_size), batch, length))
-    said = []
-    for change, other, rows, tokens in tries:
-        peak = plan(shape, other, rows, tokens, lora_r, choices=choices).gpu_peak_bytes
-        verdict = "fits" if peak <= budget else "is still too much"
-        said.append(f"{change}: {peak / GIB:.1f} GiB, {verdict}")
-    return said
+        # With FSDP 2 the head must not be among the parameters that are offloaded: the script refuses that.
+        words = {1: "fsdp_offload_params: true", 2: "config_fsdp2_offload.yaml and embeddings_on_host: true"}
+        changes[f"parameters in host memory ({words[setup.fsdp_version]})"] = lambda r: r.with_setup(
+            offload=True
+        ).with_choices(embeddings_on_host=r.choices.embeddings_on_host or setup.fsdp_version == 2)
+    if run.length > 1024:
+        changes[f"rows of 1,024 tokens instead of {run.length:,}"] = lambda r: replace(r, length=1024)
+    return changes

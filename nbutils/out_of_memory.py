@@ -1,4 +1,4 @@
-"""After `CUDA out of memory`: what the memory plan says about these settings, and what to change first."""
+"""After `CUDA out of memory`: what the memory plan says about these settings, and the first change that helps."""
 
 import itertools
 from pathlib import Path
@@ -43,7 +43,9 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
         min(int(room), int(0.9 * expected.gpu_peak_bytes)) if room > 0 else int(0.9 * expected.gpu_peak_bytes)
     )
     changes = what_to_change(shape, setup, batch, length, lora_r, budget, choices)
-    return said + (f" Change first: {changes[0]}." if changes else "")
+    if not changes:
+        return said
+    return said + f" Change first: {next((one for one in changes if one.endswith('fits')), changes[0])}."
 
 
 def settings_of(arguments: list[str]) -> dict:

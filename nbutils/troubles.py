@@ -179,7 +179,8 @@ TROUBLES = [
         "CUDA out of memory",
         "torch 2.11",
         "Peak of the step above the card. The plan says which moment it is (notebook 06).",
-        "In this order: one row a rank, `fsdp_offload_params: true`, shorter rows, more GPUs.",
+        "In this order: `embeddings_on_host`, one row a rank, activations and then weights in host memory, "
+        "shorter rows, more GPUs.",
         RECORDED + "70b_fsdp1_cap_b1_l1024.json",
     ),
     Trouble(

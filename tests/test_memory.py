@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nbutils.memory import fits, plan, what_to_change
+from nbutils.memory import _changes, _Run, fits, plan, what_to_change
 from nbutils.memory_items import GIB, pinned_bytes, quantisation_state_bytes, saved_bytes_per_token
 from nbutils.out_of_memory import advice
 from nbutils.scale_figures import plan_of
@@ -149,6 +149,21 @@ def test_cards_and_advice():
     assert what_to_change(shape, Setup(2, 1, True), 1, 1024, 16, int(22.5 * GIB)) == []
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_it_says_to_change_can_be_done(version):
+    """The script refuses compiled layers under FSDP 1, and FSDP 2 with an output head that is offloaded."""
+    run = _Run(Setup(2, version, False), 4, 4096, Choices(compile_layers=version == 2))
+    for name, change in _changes(run).items():
+        after = change(run)
+        assert after != run and after.setup.fsdp_version == version, name
+        assert not (version == 2 and after.setup.offload) or after.choices.embeddings_on_host, name
+    shape, budget = SHAPES["llama31_70b"], 8 * GIB
+    said = what_to_change(shape, run.setup, run.batch, run.length, 16, budget, run.choices)
+    alone = [line for line in said if not line.startswith(("all of these", "twice"))]
+    assert len(alone) == len(_changes(run)) and not any(line.endswith("fits") for line in alone)
+    assert "all of these" in said[-2] and said[-2].endswith("fits")
+
+
 def test_the_readme_shows_what_was_recorded():
     readme = (RESULTS.parents[1] / "README.md").read_text()
     shown = [line for line in readme.splitlines() if line.startswith("  | ") and "GiB" in line]
@@ -195,4 +210,5 @@ def test_what_to_change_after_running_out_of_memory_knows_the_settings(tmp_path)
     host = advice([*words, "--embeddings_on_host", "true"], config)
     gib = [float(re.search(r"([\d.]+) GiB a rank", text)[1]) for text in (plain, host)]
     assert gib[0] - gib[1] > 0.9  # half of embedding and head, at the least
-    assert "Change first: one row a rank instead of 2" in host
+    # The first change that helps, and not one row a rank: that would still be too much.
+    assert "Change first: activations in host memory" in host and host.endswith(" GiB, fits.")
