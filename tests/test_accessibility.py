@@ -34,8 +34,9 @@ def printed(cell) -> str:
 
 
 def is_twin(text: str) -> bool:
-    """A head and at least one row."""
-    return len([line for line in text.splitlines() if line.strip()]) >= 2
+    """A table: a head and at least two rows below it, of two columns or more."""
+    columns = [len(re.split(r"\s{2,}", line.strip())) for line in text.splitlines()]
+    return any(min(three) >= 2 for three in zip(columns, columns[1:], columns[2:]))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -46,6 +47,14 @@ def test_every_figure_has_alt_text_and_a_twin_in_text(path):
             assert len(image.get("alt", "").split()) >= 8, f"cell {cell.id}: say what the figure shows"
             after = cells[place + 1] if place + 1 < len(cells) else cell
             assert is_twin(printed(cell)) or is_twin(printed(after)), f"cell {cell.id}: print the numbers too"
+
+
+def test_prose_beside_a_figure_is_no_twin_of_it(capsys):
+    assert not is_twin(
+        "Writing runs/latest/probe.py\nstep 3/3 | loss 1.0 | finished after 2 s\nheld out: 4.2\n"
+    )
+    plots.table(["setting", "kept KiB"], [["FULL_SHARD", "337"], ["NO_SHARD", "674"]])
+    assert is_twin(capsys.readouterr().out)
 
 
 def test_some_notebooks_have_figures():

@@ -135,6 +135,12 @@ def test_tensorboard_is_asked_for_early_where_it_is_missing(series, tmp_path, ca
     assert not series.run_dir.exists()
 
 
+@pytest.mark.parametrize(("value", "installed"), [("tensorboard", True), ("none", False)])
+def test_tensorboard_is_no_fault_where_it_is_there_or_not_asked_for(value, installed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    parameters.check({"report_to": value}, [parameters.parse_cell(PARAMETERS, "x.ipynb")])
+
+
 def test_every_fault_is_named_at_once_and_within_seconds_of_typing(tmp_path):
     path = params(tmp_path, "max_stepz: 3\nlearnin_rate: 1\n")
     words = [
