@@ -190,7 +190,8 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
             autosave_cell_every=0,  # saved after each cell; no second timer beside it
             execution_timeout=cell_timeout,
             coalesce_streams=True,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings concern servers, not readers
+            # Its warnings concern servers; an error it logs is the interrupt with which jupyter_client ends it.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             on_cell_start=report.begin,
             on_cell_executed=report.end,
         )
