@@ -75,6 +75,7 @@ TROUBLES = [
         "FSDP 1 shards among as many ranks as a process sees devices. One: nothing is sharded, no gradient summed.",
         "`FULL_SHARD`, or all GPUs of each machine. The launcher and the script refuse it (`nbutils.hybrid`).",
         "tests/test_lessons_00_01.py::test_hybrid_with_one_device_sums_no_gradients",
+        ("pytorch/pytorch#154888",),
     ),
     # ---- model and data
     Trouble(
