@@ -1,6 +1,6 @@
 """Run dry runs of several configurations one after the other, and keep one JSON a run.
 
-Run as: python benchmarks/matrix.py --cases fit,full --folder /tmp/weights --out benchmarks/results --commit SHA
+Run as: python benchmarks/matrix.py --cases fit,full --folder runs/weights --out benchmarks/results --commit SHA
 Cases that would not end before the deadline are left out, and named.
 """
 

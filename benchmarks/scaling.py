@@ -1,6 +1,6 @@
 """One launch on one GPU, on two, and on two machines of one GPU each; beside it what notebook 07 counts.
 
-Run as: python benchmarks/scaling.py --folder /tmp/weights --out benchmarks/results/scaling.json --commit SHA
+Run as: python benchmarks/scaling.py --folder runs/weights --out benchmarks/results/scaling.json --commit SHA
 
 The two machines are one: two `accelerate launch`, each with a rank number and a GPU of its own, and configs/machines'
 own file. NCCL_HOSTID tells NCCL that they are two hosts, so it goes through TCP, here over the loopback device, whose
