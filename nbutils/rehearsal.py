@@ -140,6 +140,7 @@ def main() -> None:
     # Imports make objects that stay, and by default the collector looks through them over and over.
     gc.set_threshold(100_000)
     enable()
+    gc.freeze()  # the Trainer collects all once; what is imported by now stays and is left out
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")

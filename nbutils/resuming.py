@@ -45,6 +45,22 @@ class ResumableTrainer(SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_what_checkpoints_do_not_serve(self.args)
+        self._evaluated: tuple[int, float] | None = None  # step and held-out loss of the last evaluation here
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if "eval_loss" in metrics:  # not so under another `metric_key_prefix`
+            self._evaluated = self.state.global_step, metrics["eval_loss"]
+        return metrics
+
+    def held_out_loss(self) -> float:
+        """The held-out loss of the model as it is now, in nats a token. Every rank must call it.
+
+        The Trainer evaluates after the last step by itself, if `eval_strategy` is steps: that is not done twice.
+        """
+        if self._evaluated is None or self._evaluated[0] != self.state.global_step:
+            self.evaluate()
+        return self._evaluated[1]
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

@@ -108,6 +108,15 @@ def test_it_learns_and_saves_a_whole_adapter(run, request):
     assert_whole(output / "adapter")
 
 
+@pytest.mark.parametrize("run", ["first", "second"])
+def test_the_model_at_the_end_is_evaluated_once(run, request):
+    output = request.getfixturevalue(run)
+    steps = losses(output, "step", where="eval_loss")
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == SETTINGS["max_steps"]
+    after = json.loads((output / "run.json").read_text())["training"]["held_out_loss_after"]
+    assert after == losses(output, "eval_loss")[-1]
+
+
 def test_tensorboard_has_the_losses_where_it_was_asked_for_and_nowhere_else(first, second):
     (folder,) = {file.parent for file in (second / "runs").rglob("events.out.tfevents.*")}
     board = EventAccumulator(str(folder)).Reload()
