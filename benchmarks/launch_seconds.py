@@ -57,9 +57,13 @@ IMPORTS = {
 }
 
 
-def marked_script() -> str:
-    """The training script with a print at each mark."""
-    text = script_text()
+def marked_script(tree: Path) -> str:
+    """The training script of a tree with a print at each mark."""
+    show = "from nbutils.recipe import script_text; print(script_text(), end='')"
+    text = subprocess.run(
+        [sys.executable, "-c", show],
+        cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     for name, line in MARKS.items():
         indent = line[: len(line) - len(line.lstrip())]
         assert f"\n{line}" in text, f"the script no longer has a line that begins with {line!r}"
@@ -79,7 +83,7 @@ def run(tree: Path, folder: Path) -> dict:
     progress = folder / "out/progress.jsonl"
     progress.unlink(missing_ok=True)
     script = folder / "marked.py"
-    script.write_text(marked_script())
+    script.write_text(marked_script(tree))
     settings = {"model": str(tiny_base().resolve()), "output_dir": str(progress.parent), **SETTINGS}
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
     words = ["--config_file", "configs/accelerate/rehearsal_fsdp1.yaml", "--main_process_port", "0"]
