@@ -51,9 +51,8 @@ class Loopback:
     def _run(self) -> None:
         while not self._stop.wait(0.05):
             line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if "lo:" in line)
-            self.samples.append(
-                (time.time(), int(line.split()[9]))
-            )  # transmitted; what loopback sends it receives
+            sent = int(line.split()[9])  # what loopback sends it receives
+            self.samples.append((time.time(), sent))
 
     def between(self, begin: float, end: float) -> int:
         """Bytes from one moment to another, both ways together."""
