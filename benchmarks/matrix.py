@@ -92,6 +92,23 @@ CASES = {
         ),
         "fit_one_gpu_fast_keep_b2_l2048": Case(8, FSDP2, 2, 2048, (), (*FAST, KEEP_ALL), ranks=1, **SMALL),
     },
+    # From the recipe of 2024 to the fastest settings, one change at a time: under the cap, and without it.
+    "each_change": {
+        "70b_fsdp1_offload_cap_b2_l2048": Case(80, FSDP1, 2, 2048, **CARD, seconds=118),
+        "70b_fsdp2_offload_cap_b2_l2048": Case(80, OFFLOADED, 2, 2048, **CARD, seconds=130),
+        "70b_fsdp2_offload_host_cap_b2_l2048": Case(80, OFFLOADED, 2, 2048, (), HOST, **CARD, seconds=130),
+        "70b_fast_cap_b2_l2048": Case(
+            80, OFFLOADED, 2, 2048, (), goal("fastest_2x24gb"), **CARD, seconds=130
+        ),
+        "70b_fast_cap_b4_l2048": Case(
+            80, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CARD, seconds=130
+        ),
+    },
+    "each_change_no_cap": {
+        "70b_fsdp2_b2_l2048": Case(80, FSDP2, 2, 2048, seconds=90),
+        "70b_fsdp2_fast_b2_l2048": Case(80, FSDP2, 2, 2048, (), FAST, seconds=100),
+        "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), goal("fastest_big_cards"), seconds=100),
+    },
     # The recipe of 2024 beside the best of each goal; ends with a table of ratios.
     "compare": {
         "70b_fsdp1_offload_cap_b2_l2048": Case(80, FSDP1, 2, 2048, **CARD, seconds=118),

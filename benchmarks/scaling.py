@@ -1,10 +1,13 @@
-"""One launch on one GPU, on two, and on two machines of one GPU each; beside it what notebook 07 counts.
+"""One launch on one GPU, on two or more, and on two machines; beside it what notebook 07 counts.
 
 Run as: python benchmarks/scaling.py --folder runs/weights --out benchmarks/results/scaling.json --commit SHA
 
-The two machines are one: two `accelerate launch`, each with a rank number and a GPU of its own, and configs/machines'
-own file. NCCL_HOSTID tells NCCL that they are two hosts, so it goes through TCP, here over the loopback device, whose
+The two machines are one: two `accelerate launch`, each with a rank number and GPUs of its own, and configs/machines'
+own files. NCCL_HOSTID tells NCCL that they are two hosts, so it goes through TCP, here over the loopback device, whose
 counter says what was sent. Without a GPU the same runs on CPU processes and gloo.
+
+Two machines of two ranks need four GPUs. With two, both machines show the same two: what is sent and what is trained
+stay true, the speed does not (`gpus_of_each_machine` says so).
 """
 
 import argparse
@@ -27,11 +30,19 @@ from nbutils.course import go_to_root
 from nbutils.dryrun import describe, dry_run, measured, prepare, settings_for, write_script
 from nbutils.launch import no_accelerator
 from nbutils.machines import bytes_between_machines, tokens_per_second
+from nbutils.provenance import provenance
 from nbutils.shapes import Setup, Shape, shape_of
 
 RECIPE, TWO_MACHINES = "configs/accelerate/config_fsdp.yaml", "configs/machines/two_machines_fsdp1.yaml"
+HYBRID = "configs/machines/two_machines_hybrid.yaml"
 REHEARSAL = "configs/accelerate/rehearsal_fsdp1.yaml"
 ON_CPUS = {"use_cpu": True, "fsdp_sync_module_states": False, "fsdp_cpu_ram_efficient_loading": False}
+ONE_MACHINE = {"1_ranks": 1, "2_ranks": 2, "4_ranks": 4}
+MACHINES = {  # config file, and ranks of each of the two machines
+    "2_machines": (TWO_MACHINES, 1),
+    "2x2_full_shard": (TWO_MACHINES, 2),
+    "2x2_hybrid": (HYBRID, 2),
+}
 
 
 class Loopback:
@@ -60,15 +71,26 @@ class Loopback:
         return inside[-1] - inside[0]
 
 
-def start_on_two_machines(folder: Path, port: int, module: str, *words: str) -> list[subprocess.Popen]:
+def gpus_of(ranks: int) -> list[str]:
+    """The GPUs that each of two machines shows, as CUDA_VISIBLE_DEVICES wants them: its own, or the same ones."""
+    there = torch.cuda.device_count()
+    if there < ranks:
+        return ["", ""]
+    second = ranks if there >= 2 * ranks else 0
+    return [",".join(str(first + n) for n in range(ranks)) for first in (0, second)]
+
+
+def start_on_two_machines(
+    config: str, ranks: int, folder: Path, port: int, module: str, *words: str
+) -> list[subprocess.Popen]:
     """What is typed on each machine, with what keeps the two apart on one."""
-    changes = {"num_processes": 2, "main_process_ip": "127.0.0.1", "main_process_port": port}
+    changes = {"num_processes": 2 * ranks, "main_process_ip": "127.0.0.1", "main_process_port": port}
     changes |= {"fsdp_offload_params": False} | (ON_CPUS if no_accelerator() else {})
-    config = variant(TWO_MACHINES, folder, **changes)
+    config = variant(config, folder, **changes)
     hosts = []
-    for host in ("0", "1"):
+    for host, gpus in enumerate(gpus_of(ranks)):
         apart = {
-            "CUDA_VISIBLE_DEVICES": host if not no_accelerator() else "",
+            "CUDA_VISIBLE_DEVICES": gpus,
             "NCCL_HOSTID": f"host{host}",
             "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_IB_DISABLE": "1",
@@ -81,7 +103,7 @@ def start_on_two_machines(folder: Path, port: int, module: str, *words: str) -> 
         with (folder / f"host{host}.log").open("w") as log:
             hosts.append(
                 subprocess.Popen(
-                    [*launcher, "--machine_rank", host, "-m", module, *words],
+                    [*launcher, "--machine_rank", str(host), "-m", module, *words],
                     env=os.environ | apart,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -121,39 +143,71 @@ def link_speed(out: Path, megabytes: int = 256) -> None:
     dist.destroy_process_group()
 
 
-def two_machines(shape: Shape, weights: Path, folder: Path, batch: int, length: int, steps: int) -> dict:
-    """The script on two machines of one rank each: speed, what was sent in a step, and the link."""
+def two_machines(
+    config: str, ranks: int, shape: Shape, weights: Path, folder: Path, batch: int, length: int, steps: int
+) -> dict:
+    """The script on two machines of some ranks each: speed, what was sent in a step, and the link between two ranks."""
     folder.mkdir(parents=True, exist_ok=True)
-    wait(
-        start_on_two_machines(folder, 29611, "benchmarks.scaling", "--link", str(folder / "link.json")),
-        folder,
-        120,
-    )
+    world_size, hybrid = 2 * ranks, config == HYBRID
     script = write_script(folder)
-    settings = settings_for(folder, weights, batch, length, steps, lora_r=16, world_size=2)
+    settings = settings_for(folder, weights, batch, length, steps, lora_r=16, world_size=world_size)
     os.environ["NBUTILS_MEASURE_DIR"] = str(folder / "ranks")
+    words = ("nbutils.measure", str(script), "--config", str(settings))
     with Loopback() as loopback:
-        wait(
-            start_on_two_machines(folder, 29612, "nbutils.measure", str(script), "--config", str(settings)),
-            folder,
-            240,
-        )
-    seen = measured(folder, None, 2 * batch * length)
+        wait(start_on_two_machines(config, ranks, folder, 29612, *words), folder, 240)
+    seen = measured(folder, None, world_size * batch * length)
     lines = [json.loads(line) for line in (folder / "ranks/rank0.jsonl").read_text().splitlines()]
     ends = [line["time"] for line in lines if line["phase"] == "step"][1:]
+    all_on_loopback = no_accelerator() and ranks > 1  # gloo sends between the ranks of one machine there too
     logs = "".join(path.read_text() for path in folder.glob("nccl*.log"))
-    return {
+    result = {
+        "accelerate_config": config,
+        "ranks_of_each_machine": ranks,
+        "gpus_of_each_machine": gpus_of(ranks),
         "measured": seen,
-        "sent_bytes_a_step": loopback.between(ends[0], ends[-1]) // 2 // (len(ends) - 1),
-        "counted_bytes_a_step": bytes_between_machines(shape, Setup(world_size=2, offload=False), 2),
-        "link_bytes_a_second": json.loads((folder / "link.json").read_text()),
+        "sent_bytes_a_step": None
+        if all_on_loopback
+        else loopback.between(ends[0], ends[-1]) // 2 // (len(ends) - 1),
+        "counted_bytes_a_step": bytes_between_machines(
+            shape, Setup(world_size=world_size, offload=False), 2, hybrid=hybrid
+        ),
         "nccl_channels": {how: logs.count(how) for how in ("via NET/Socket", "via P2P", "via SHM")},
     }
+    if ranks == 1:  # both machines have a GPU of their own, so the link's speed means something
+        words = ("benchmarks.scaling", "--link", str(folder / "link.json"))
+        wait(start_on_two_machines(config, ranks, folder, 29611, *words), folder, 120)
+        result["link_bytes_a_second"] = json.loads((folder / "link.json").read_text())
+    return result
+
+
+def one_machine(ranks: int, shape: Shape, options: argparse.Namespace, folder: Path) -> dict:
+    """A dry run without offload on one machine of some ranks."""
+    record = dry_run(
+        shape,
+        REHEARSAL if no_accelerator() else RECIPE,
+        batch=options.batch,
+        length=options.length,
+        steps=options.steps,
+        world_size=ranks,
+        folder=options.folder,
+        run_dir=folder,
+        commit=options.commit,
+        changes=() if no_accelerator() else ("fsdp_offload_params=false",),
+    )
+    print(describe(record), flush=True)
+    if record["outcome"] != "ok":
+        raise SystemExit(
+            f"The run on {ranks} ranks ended as {record['outcome']!r}; its log lies in {folder}."
+        )
+    return {"measured": record["measured"]}
 
 
 def main() -> int:
-    """Run the three, and print a table."""
+    """Run the cases, keep each as soon as it is there, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cases", default="1_ranks,2_ranks,2_machines", help=f"of {', '.join([*ONE_MACHINE, *MACHINES])}"
+    )
     parser.add_argument("--model", default="llama31_70b", help="a shape, or a local config.json")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2)
@@ -170,60 +224,60 @@ def main() -> int:
     go_to_root()
     shape = replace(shape_of(options.model), layers=options.layers)
     weights, runs = prepare(shape, options.folder), Path("runs/scaling")
-    result = {}
-    for ranks in (1, 2):
-        record = dry_run(
-            shape,
-            REHEARSAL if no_accelerator() else RECIPE,
-            batch=options.batch,
-            length=options.length,
-            steps=options.steps,
-            world_size=ranks,
-            folder=options.folder,
-            run_dir=runs / f"{ranks}_ranks",
-            commit=options.commit,
-            changes=() if no_accelerator() else ("fsdp_offload_params=false",),
-        )
-        print(describe(record), flush=True)
-        if record["outcome"] != "ok":
-            return 1
-        result = {key: record[key] for key in ("machine", "versions", "commit", "date", "config")} | result
-        result[f"{ranks}_ranks"] = {"measured": record["measured"]}
-    result["config"].pop("world_size")  # it differs
-    result["config"]["accelerate_config"] = f"{RECIPE}, and {TWO_MACHINES} for two machines"
-    result["2_machines"] = two_machines(
-        shape, weights, runs / "2_machines", options.batch, options.length, options.steps
-    )
-    result["expected_tokens_per_second"] = tokens_per_second(
-        options.batch * options.length,
-        2,
-        result["1_ranks"]["measured"]["step_seconds"],
-        result["2_machines"]["counted_bytes_a_step"],
-        result["2_machines"]["link_bytes_a_second"],
-    )
+    result = {
+        "what": "the same launch on more GPUs and machines; random weights, LoRA r=16, FSDP 1, no offload, no cap",
+        **provenance("python benchmarks/scaling.py --cases CASES --commit COMMIT --out FILE", options.commit),
+        "config": {
+            "model": options.model,
+            "num_layers": options.layers,
+            "batch_size": options.batch,
+            "seq_len": options.length,
+            "accelerate_config": REHEARSAL if no_accelerator() else RECIPE,
+        },
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name in options.cases.split(","):
+        if name in ONE_MACHINE:
+            result[name] = one_machine(ONE_MACHINE[name], shape, options, runs / name)
+        else:
+            size = (options.batch, options.length, options.steps)
+            result[name] = two_machines(*MACHINES[name], shape, weights, runs / name, *size)
+        if {"1_ranks", "2_machines"} <= result.keys():
+            result["expected_tokens_per_second"] = tokens_per_second(
+                options.batch * options.length,
+                2,
+                result["1_ranks"]["measured"]["step_seconds"],
+                result["2_machines"]["counted_bytes_a_step"],
+                result["2_machines"]["link_bytes_a_second"],
+            )
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     return 0
 
 
 def table(result: dict) -> str:
-    """Tokens a second of the three, and what the two machines sent beside what was counted."""
-    first = result["1_ranks"]["measured"]["tokens_per_second"]
-    rows = [
-        f"{name:12}{result[name]['measured']['tokens_per_second']:10,.1f} tokens/s"
-        f"{result[name]['measured']['tokens_per_second'] / first:7.2f} x"
-        for name in ("1_ranks", "2_ranks", "2_machines")
-    ]
-    two = result["2_machines"]
-    slowest, fastest = result["expected_tokens_per_second"]
-    rows += [
-        f"a step sends {two['sent_bytes_a_step'] / 1e6:,.1f} MB from a machine; "
-        f"counted {two['counted_bytes_a_step'] / 1e6:,.1f} MB",
-        f"the link carries {two['link_bytes_a_second'] / 1e9:.2f} GB/s; expected {slowest:,.1f} tokens/s if no sending "
-        f"hides, {fastest:,.1f} if all of it does",
-        f"NCCL's channels: {two['nccl_channels']}",
-    ]
+    """A line a case: tokens a second and the last loss; and what two machines sent beside what was counted."""
+    rows = []
+    for name in (name for name in (*ONE_MACHINE, *MACHINES) if name in result):
+        case = result[name]
+        seen = case["measured"]
+        rows.append(
+            f"{name:16}{seen['tokens_per_second']:10,.1f} tokens/s   peak {seen['gpu_peak_bytes'] / 2**30:6.2f} GiB   "
+            f"last loss {seen['losses'][-1]:.4f}"
+        )
+        if name in MACHINES:
+            sent = case["sent_bytes_a_step"]
+            rows.append(
+                f"    MB a step from a machine: sent {'?' if sent is None else f'{sent / 1e6:,.1f}'}, counted "
+                f"{case['counted_bytes_a_step'] / 1e6:,.1f}; {case['nccl_channels']}"
+            )
+    if "expected_tokens_per_second" in result:
+        slowest, fastest = result["expected_tokens_per_second"]
+        link = result["2_machines"]["link_bytes_a_second"]
+        rows.append(
+            f"the link carries {link / 1e9:.2f} GB/s; expected {slowest:,.1f} tokens/s if no sending "
+            f"hides, {fastest:,.1f} if all of it does"
+        )
     return "\n".join(rows)
 
 
