@@ -300,8 +300,8 @@ def _lies_with_its_parameter(optimizer, label: str) -> bool:
 def _as_it_was(value: torch.Tensor, parameter: torch.nn.Parameter, on_cpu: bool) -> torch.Tensor:
     value = value if on_cpu else value.to(parameter.device)
     if isinstance(parameter, DTensor) and value.shape == parameter.to_local().shape and value.dim():
-        return DTensor.from_local(
-            value, parameter.device_mesh, parameter.placements, run_check=False,
-            shape=parameter.shape, stride=parameter.stride(),
-        )  # fmt: skip
+        # Not DTensor.from_local: it moves a piece to the mesh's devices, and with offload the piece belongs on the CPU.
+        state = torch.zeros_like(parameter, dtype=value.dtype)
+        state.to_local().copy_(value)
+        return state
     return value

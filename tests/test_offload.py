@@ -1,12 +1,16 @@
-"""FSDP 1's offloaded shards: what is kept in host memory, asked of the class itself."""
+"""Offloaded shards, asked of torch's own classes: what is kept in host memory, and where a resumed optimizer lies."""
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed import HashStore
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._flat_param import FlatParamHandle, HandleShardingStrategy
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from nbutils.offload import spare_host_memory
+from nbutils.resuming import optimizer_pieces, put_optimizer_back
 
 
 @pytest.fixture
@@ -66,3 +70,26 @@ def test_a_second_call_changes_nothing(one_process):
     once = FlatParamHandle.init_flat_param_attributes
     spare_host_memory()
     assert FlatParamHandle.init_flat_param_attributes is once
+
+
+def offloaded(values: torch.Tensor) -> nn.Parameter:
+    """FSDP 2's piece with offload: it lies on the CPU, and its mesh is of other devices; `meta` stands for GPUs."""
+    mesh = DeviceMesh("meta", [0], _init_backend=False)
+    whole = TensorMeta(values.shape, values.stride(), values.dtype)
+    return nn.Parameter(
+        DTensor(values, DTensorSpec(mesh, (Shard(0),), tensor_meta=whole), requires_grad=False)
+    )
+
+
+def test_a_resumed_optimizer_lies_with_its_offloaded_pieces(one_process):
+    trained, average = offloaded(torch.ones(4, 3)), offloaded(torch.arange(12.0).reshape(4, 3)).detach()
+    moved = DTensor.from_local(torch.ones(4, 3), trained.device_mesh, [Shard(0)], run_check=False)
+    assert moved.to_local().device.type == "meta"  # what torch does to a piece that is on another device
+    first, second = torch.optim.AdamW([trained]), torch.optim.AdamW([trained])
+    first.state[trained] = {"step": torch.tensor(1.0), "exp_avg": average}
+    put_optimizer_back(second, *optimizer_pieces(first))
+    put_back = second.state[trained]
+    assert torch.equal(put_back["step"], torch.tensor(1.0))
+    assert isinstance(put_back["exp_avg"], DTensor) and put_back["exp_avg"].placements == trained.placements
+    assert put_back["exp_avg"].to_local().device == trained.to_local().device
+    assert torch.equal(put_back["exp_avg"].to_local(), average.to_local())
