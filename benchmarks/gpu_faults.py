@@ -2,8 +2,8 @@
 
 Run as: python benchmarks/gpu_faults.py --model FOLDER --big FOLDER --commit SHA --out FILE
 
-Each case is a real launch of the real script. Two cases are of mistakes that the script refuses before it loads; for
-them its copy is run without the line that refuses, so that the library itself is heard.
+Each case is a real launch of the real script. Two cases are of mistakes that the script does not make or refuses before
+it loads; for them a copy of it is changed, so that the library itself is heard.
 """
 
 import argparse
@@ -32,7 +32,20 @@ SETTINGS = {
     "eval_on_start": "false", "disable_tqdm": "true",
 }  # fmt: skip
 NO_CHECKS = ("    refuse_before_loading(recipe, training)", "    pass")
-NO_DEVICE = ("    state = PartialState()", "    state = None")
+LOADED_EARLY = [
+    (
+        "from transformers import set_seed",
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed",
+    ),
+    (
+        "    recipe, training = TrlParser(",
+        "    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+        "bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)\n"
+        "    early = AutoModelForCausalLM.from_pretrained('{model}', dtype=torch.bfloat16, quantization_config=nf4)\n"
+        "    recipe, training = TrlParser(",
+    ),
+    ("    model = load_nf4(recipe.model)", "    model = early"),
+]
 
 CASES = {
     "a rank is killed in a step": {
@@ -53,14 +66,14 @@ CASES = {
     },
     "out of GPU memory": {
         "config": FSDP1,
-        "variables": {"NBUTILS_CAP_GIB": "16"},
+        "variables": {"NBUTILS_CAP_GIB": "10"},
         "module": "nbutils.measure",
         "big": True,
         "settings": {"max_length": 4096, "per_device_train_batch_size": 4, "completion_only_loss": "false"},
         "rows": "a b c d e f g h " * 520,
     },
     "FSDP 2 with offload and the head on the CPU": {"config": OFFLOADED, "edits": [NO_CHECKS]},
-    "the model is loaded before the device is chosen": {"config": FSDP1, "edits": [NO_CHECKS, NO_DEVICE]},
+    "the model is loaded before the device is chosen": {"config": FSDP1, "edits": LOADED_EARLY},
 }
 
 
@@ -71,7 +84,7 @@ def run_case(case: dict, model: str, big: str, folder: Path) -> dict:
         text = script.read_text()
         if text.count(old) != 1:
             raise ValueError(f"The script has {text.count(old)} lines {old!r}; one was wanted.")
-        script.write_text(text.replace(old, new))
+        script.write_text(text.replace(old, new.replace("{model}", model)))
     told = SETTINGS | {"model": big if case.get("big") else model, "output_dir": str(folder / "out")}
     told |= case.get("settings", {})
     if "rows" in case:

@@ -95,7 +95,6 @@ CASES = {
     # From the recipe of 2024 to the fastest settings, one change at a time: under the cap, and without it.
     "each_change": {
         "70b_fsdp1_offload_cap_b2_l2048": Case(80, FSDP1, 2, 2048, **CARD, seconds=118),
-        "70b_fsdp2_offload_cap_b2_l2048": Case(80, OFFLOADED, 2, 2048, **CARD, seconds=130),
         "70b_fsdp2_offload_host_cap_b2_l2048": Case(80, OFFLOADED, 2, 2048, (), HOST, **CARD, seconds=130),
         "70b_fast_cap_b2_l2048": Case(
             80, OFFLOADED, 2, 2048, (), goal("fastest_2x24gb"), **CARD, seconds=130

@@ -119,7 +119,7 @@ def main() -> None:
             try:
                 case = run_case(options.model, file, changes, more, Path(folder))
             except Exception as error:  # a failure is a result; the other cases go on
-                case = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                case = {"error": f"{type(error).__name__}: {str(error).splitlines()[-1]}"}
         result["cases"][name] = case
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(
