@@ -2,6 +2,8 @@
 
 Run as: python benchmarks/gpu_faults.py --model FOLDER --big FOLDER --commit SHA --out FILE
 
+A case is kept with the commit that it ran at; cases of FILE that do not run now stay in it.
+
 Each case is a real launch of the real script. Two cases are of mistakes that the script does not make or refuses before
 it loads; for them a copy of it is changed, so that the library itself is heard.
 """
@@ -31,6 +33,7 @@ SETTINGS = {
     "max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2, "eval_strategy": "no",
     "eval_on_start": "false", "disable_tqdm": "true",
 }  # fmt: skip
+ENDED_WELL = "(it ended well)"
 NO_CHECKS = ("    refuse_before_loading(recipe, training)", "    pass")
 LOADED_EARLY = [
     (
@@ -96,7 +99,7 @@ def run_case(case: dict, model: str, big: str, folder: Path) -> dict:
     variables = case.get("variables", {}) | {"NBUTILS_MEASURE_DIR": str(folder / "ranks")}
     before = {name: os.environ.pop(name, None) for name in variables}
     os.environ |= variables
-    started, words, rank = time.monotonic(), "(it ended well)", None
+    started, words, rank = time.monotonic(), ENDED_WELL, None
     try:
         launch(
             script, arguments, case["config"], module=case.get("module"), log=folder / "launch.log",
@@ -152,17 +155,20 @@ def main() -> int:
             "python benchmarks/gpu_faults.py --model FOLDER --big FOLDER --commit COMMIT --out FILE",
             options.commit,
         ),
-        "cases": {},
+        "cases": json.loads(options.out.read_text())["cases"] if options.out.exists() else {},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
     for name, case in CASES.items():
         if not any(word in name for word in options.only.split(",")):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            result["cases"][name] = run_case(case, options.model, options.big, Path(folder))
+            seen = run_case(case, options.model, options.big, Path(folder))
+        result["cases"][name] = {"commit": result["commit"], **seen}
+        failed += seen["said"] == ENDED_WELL
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"---- {name}\n{json.dumps(result['cases'][name], indent=1)}", flush=True)
-    return 1 if any(case["said"] == "(it ended well)" for case in result["cases"].values()) else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

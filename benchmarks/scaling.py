@@ -95,7 +95,7 @@ def start_on_two_machines(
             "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_IB_DISABLE": "1",
             "NCCL_DEBUG": "INFO",
-            "NCCL_DEBUG_FILE": str(folder / f"nccl{host}.log"),
+            "NCCL_DEBUG_FILE": str(folder / f"nccl{host}_%p.log"),  # a file a rank
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONUNBUFFERED": "1",
         }
