@@ -16,8 +16,8 @@ from nbutils.shapes import SHAPES, Choices, Setup, config_of, shape_of
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RUNS = {
-    path.stem: json.loads(path.read_text())
-    for path in sorted(RESULTS.glob("*.json"))
+    path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text())
+    for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("each_change/*.json")])
     if path.stem.startswith(("fit_", "70b_", "held_out_"))
 }
 KEYS = {
@@ -74,12 +74,12 @@ def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run):
     assert training == pytest.approx(phases["trained"][0], rel=0.02)
 
 
-def test_host_memory_is_within_fifteen_percent(run):
+def test_host_memory_is_within_twelve_percent(run):
     if run["outcome"] == "ok":
         host = plan_of(run).host_bytes * run["config"]["world_size"]
         waiting = any("offload: true" in setting for setting in run["config"].get("settings", []))
         # With long rows that wait on the host, 2 GiB more are pinned than the plan knows of (benchmarks/README.md).
-        assert host == pytest.approx(run["measured"]["host_bytes"], rel=0.18 if waiting else 0.15)
+        assert host == pytest.approx(run["measured"]["host_bytes"], rel=0.18 if waiting else 0.12)
 
 
 def test_no_run_that_trained_was_predicted_not_to_fit(run):
@@ -179,6 +179,26 @@ def test_the_readme_shows_what_was_recorded():
         rows = f"{config['batch_size']} x {config['seq_len']:,}"
         peak, speed = measured["gpu_peak_bytes"] / GIB, measured["tokens_per_second"]
         assert line.endswith(f"| {rows} | {peak:.1f} GiB | {speed:,.0f} |"), line
+
+
+def test_the_readme_names_the_second_machine():
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
+    said = re.search(
+        r"first two lines made ([\d,]+) and ([\d,]+) tokens/s.*?is ([\d.]+) to ([\d.]+) times", text
+    ).groups()
+    speeds = {
+        folder: [
+            RUNS[f"{folder}70b_{name}"]["measured"]["tokens_per_second"]
+            for name in ("fsdp1_offload_cap_b2_l2048", "fast_cap_b4_l2048")
+        ]
+        for folder in ("", "each_change/")
+    }
+    ratios = sorted(fast / recipe for recipe, fast in speeds.values())
+    assert said == tuple(
+        [f"{speed:,.0f}" for speed in speeds["each_change/"]] + [f"{ratio:.1f}" for ratio in ratios]
+    )
+    fewest = RUNS["70b_fewest_bytes_cap_b1_l1024"]["measured"]["gpu_peak_bytes"] / GIB
+    assert f"70B trained in {fewest:.1f} GiB a GPU" in text
 
 
 def test_the_goals_fit_where_they_say():
