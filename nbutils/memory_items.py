@@ -9,8 +9,8 @@ BF16 = 2  # bytes
 FP32 = 4
 # cuBLAS keeps 32 MiB a thread that multiplies (forward and backward) on an H200, 8 on a 4090.
 WORKSPACES = 2 * 32 * 2**20
-# Python, torch, transformers and the rest in host memory, a rank. Anonymous memory was recorded as 1.6 to 1.8 GiB with 8
-# layers and as 2.1 to 2.5 with 80 (`host` in the records): so a part belongs to the layers, Python's objects.
+# Python, torch, transformers and the rest in host memory, a rank. Anonymous memory was recorded as 1.6 to 1.8 GiB with
+# 8 layers and as 2.1 to 2.5 with 80 (`host` in the records): so a part belongs to the layers, Python's objects.
 LIBRARIES = int(1.7 * GIB)
 OBJECTS_OF_A_LAYER = 6 * 2**20
 LIBRARIES_CPU = int(0.4 * GIB)  # the same with torch's CPU build, which a rehearsal needs no more than
