@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from nbutils.hybrid import is_hybrid
+from nbutils.hybrid import give_its_groups_the_timeout, is_hybrid
 
 
 class NotAsPromised(RuntimeError):
@@ -145,6 +145,9 @@ class CheckWhatRuns(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.facts = what_runs(self.trainer)
+        plugin = self.trainer.accelerator.state.fsdp_plugin
+        if plugin and plugin.fsdp_version == 1 and is_hybrid(plugin.sharding_strategy.name):
+            give_its_groups_the_timeout(self.trainer.model_wrapped, args.ddp_timeout_delta)
         if state.is_world_process_zero:
             print(describe(self.facts), flush=True)
         refuse_surprises(self.facts, self.trainer)

@@ -42,17 +42,21 @@ SETTINGS = {
 # Two ranks a host. A larger adapter, for its gradients are what is counted; one checkpoint, at the end.
 HYBRID_SETTINGS = SETTINGS | {"max_steps": 8, "lora_r": 64, "save_steps": 8, "ddp_timeout": 60}
 
+HYBRID_CUT = SETTINGS | {"ddp_timeout": 12}
+
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    """The launches: with the static rendezvous, cut in the middle; with c10d, resumed; HYBRID_SHARD."""
+    """The launches: with the static rendezvous, cut in the middle; with c10d, resumed; HYBRID_SHARD, whole and cut."""
     trial = "mount -t tmpfs none /run && ip netns add a && ip link add c netns a type veth peer name d"
     tried = subprocess.run([*NAMESPACES, "sh", "-c", trial], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"This machine makes no network namespaces: {tried.stderr.strip()}")
     folder = tmp_path_factory.mktemp("hosts")
     write_script(folder)
-    for name, out, settings in (("arguments", "out", SETTINGS), ("hybrid", "hybrid", HYBRID_SETTINGS)):
+    launches = {"arguments": ("out", SETTINGS), "hybrid": ("hybrid", HYBRID_SETTINGS)}
+    launches["hybrid_cut"] = ("hybrid_cut", HYBRID_CUT)
+    for name, (out, settings) in launches.items():
         told = {"model": tiny_base(), "output_dir": folder / out, **settings}
         words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
         (folder / f"{name}.json").write_text(json.dumps(words))
@@ -129,6 +133,18 @@ def test_hybrid_shards_inside_a_host_and_the_hosts_train_one_adapter(hosts):
         load_file(folder / name / "adapter_model.safetensors") for name in ("exported", "hybrid/adapter")
     )
     assert exported.keys() == saved.keys() and all(torch.equal(exported[key], saved[key]) for key in saved)
+
+
+def test_a_host_that_is_lost_under_hybrid_shard_ends_both_as_soon(hosts):
+    """FSDP makes the groups between the hosts by itself, with a time-out of half an hour under gloo."""
+    cut = hosts[1]["hybrid_cut"]
+    print(f"ended {cut['seconds_to_end']} s after the cable was pulled, at step {cut['step']}")
+    assert cut["step"] >= 3, cut["output"]
+    assert all(status not in (0, -9) for status in cut["status"]), cut
+    for output in cut["output"]:
+        assert re.search(r"Timed out waiting 12000ms|Connection closed by peer|Connection reset", output), (
+            output
+        )
 
 
 def test_between_hosts_hybrid_sends_the_gradients_of_the_adapter(hosts):

@@ -2,13 +2,15 @@
 
 Run as: FAULT='{"stage": "step", "rank": 1, "what": "kill", "count": 3}' accelerate launch ... -m faults SCRIPT ...
 
-`stage` is one of load, wrap, step, checkpoint, save; the fault comes when the rank enters it for the `count`-th time.
+`stage` is one of load, wrap, step, backward, checkpoint, save; the fault comes when the rank enters it for the
+`count`-th time.
 `what` is one of
     kill       signal 9, as the kernel sends it when memory runs out
     freeze     signal 19: the rank neither goes on nor ends, as one that waits for a dead file system
     truncate   the model's file loses its end while it is mapped
     full       the disk of the output folder is filled to the last byte
     poison     NaN in the adapter of this rank
+    wait       write the file `asked` beside the output folder, and go on when the file `answered` is there
 """
 
 import json
@@ -16,6 +18,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ def arm(fault: dict, script_arguments: list[str]) -> None:
         "load": (checkpoint.Checkpoint, "read") if fault["what"] == "truncate" else (loading, "load_nf4"),
         "wrap": (Accelerator, "prepare"),
         "step": (resuming.ResumableTrainer, "training_step"),
+        "backward": (Accelerator, "backward"),
         "checkpoint": (resuming, "save_pieces"),
         "save": (saving, "_write"),
     }[fault["stage"]]
@@ -63,6 +67,11 @@ def strike(what: str, told: dict[str, str], args: tuple) -> None:
                     filler.write(b"x" * 4096)
             except OSError:
                 pass
+    elif what == "wait":
+        beside = Path(told["--output_dir"]).parent
+        (beside / "asked").touch()
+        while not (beside / "answered").exists():
+            time.sleep(0.01)
     elif what == "poison":
         for group in args[0].optimizer.param_groups:
             for parameter in group["params"]:

@@ -4,8 +4,9 @@ Run by tests/test_two_hosts.py:
 unshare -rnmpf --kill-child --mount-proc python tests/ranks/two_hosts.py FOLDER CONFIG HYBRID
 
 FOLDER holds the script and its arguments (arguments.json), and is the file system that both see. First a launch with
-the static rendezvous, in which the cable is pulled in the middle; then one with c10d, which resumes; last one of the
-config HYBRID with two ranks a host (arguments: hybrid.json). What came of them is printed as JSON.
+the static rendezvous, in which the cable is pulled in the middle; then one with c10d, which resumes; last two of the
+config HYBRID with two ranks a host (hybrid.json), one whole and one cut (hybrid_cut.json). What came of them is printed
+as JSON.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -36,11 +38,16 @@ def make_network() -> None:
 
 
 def start(
-    host: int, folder: Path, config: str, *more: str, arguments: str = "arguments.json"
+    host: int,
+    folder: Path,
+    config: str,
+    *more: str,
+    arguments: str = "arguments.json",
+    fault: dict | None = None,
 ) -> subprocess.Popen:
-    """What is typed on a machine, in the host's network."""
+    """What is typed on a machine, in the host's network; with a fault, as tests/ranks/faults.py knows them."""
     words = ["accelerate", "launch", "--config_file", config, "--machine_rank", str(host), *more]
-    words += ["-m", "nbutils.rehearsal", str(folder / "fine_tuning_FSDP_QLoRA.py")]
+    words += ["-m", "faults" if fault else "nbutils.rehearsal", str(folder / "fine_tuning_FSDP_QLoRA.py")]
     words += json.loads((folder / arguments).read_text())
     enter = [
         "nsenter",
@@ -54,6 +61,9 @@ def start(
     enter += [f"host{host}", sys.executable, "-m", "accelerate.commands.launch"]
     log = (folder / f"host{host}.log").open("w")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "PYTHONUNBUFFERED": "1"}
+    if fault:
+        paths = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+        environment |= {"FAULT": json.dumps(fault), "PYTHONPATH": paths}
     return subprocess.Popen(
         enter + words[2:], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
@@ -101,18 +111,23 @@ def told(hosts: list[subprocess.Popen], folder: Path) -> dict:
     }
 
 
+def cut(hosts: list[subprocess.Popen], folder: Path, out: Path, now: Callable[[], bool]) -> dict:
+    """Pull the cable when the moment has come, wait for both hosts to end, and put it back."""
+    end = time.monotonic() + BOUND
+    while not now() and time.monotonic() < end and all(host.poll() is None for host in hosts):
+        time.sleep(0.02)
+    subprocess.run(["ip", "-n", "host1", "link", "set", "cable", "down"], check=True)
+    (folder / "answered").touch()
+    seconds = wait(hosts)
+    subprocess.run(["ip", "-n", "host1", "link", "set", "cable", "up"], check=True)
+    return told(hosts, folder) | {"seconds_to_end": seconds, "step": steps_of(out)}
+
+
 def main(folder: Path, config: str, hybrid: str) -> None:
     make_network()
     out = folder / "out"
     hosts = [start(host, folder, config) for host in (0, 1)]
-    end = time.monotonic() + BOUND
-    while steps_of(out) < 5 and time.monotonic() < end and all(host.poll() is None for host in hosts):
-        time.sleep(0.02)
-    subprocess.run(["ip", "-n", "host1", "link", "set", "cable", "down"], check=True)
-    seconds = wait(hosts)
-    first = told(hosts, folder) | {"seconds_to_end": seconds, "step": steps_of(out)}
-
-    subprocess.run(["ip", "-n", "host1", "link", "set", "cable", "up"], check=True)
+    first = cut(hosts, folder, out, lambda: steps_of(out) >= 5)
     (folder / "arguments.json").write_text(
         json.dumps([*json.loads((folder / "arguments.json").read_text()), "--resume", "true"])
     )
@@ -126,7 +141,14 @@ def main(folder: Path, config: str, hybrid: str) -> None:
     sent = count_bytes(folder / "hybrid", hosts, 2, 8)
     wait(hosts)
     third = told(hosts, folder) | {"bytes_a_step": sent}
-    print(json.dumps({"static": first, "c10d": second, "hybrid": third}))
+
+    # Before a backward pass: what comes next over the cable are the gradients, in the groups that FSDP made. Before the
+    # forward pass it would be TRL's metrics, in the group of all ranks.
+    (folder / "answered").unlink()
+    fault = {"stage": "backward", "rank": 0, "what": "wait", "count": 4}
+    hosts = [start(host, folder, hybrid, arguments="hybrid_cut.json", fault=fault) for host in (0, 1)]
+    fourth = cut(hosts, folder, folder / "hybrid_cut", (folder / "asked").exists)
+    print(json.dumps({"static": first, "c10d": second, "hybrid": third, "hybrid_cut": fourth}))
 
 
 if __name__ == "__main__":
