@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from nbutils.exact_gather import check_first_gather
 from nbutils.hybrid import give_its_groups_the_timeout, is_hybrid
 
 
@@ -151,6 +152,7 @@ class CheckWhatRuns(TrainerCallback):
         if state.is_world_process_zero:
             print(describe(self.facts), flush=True)
         refuse_surprises(self.facts, self.trainer)
+        check_first_gather(self.trainer.model_wrapped)
 
 
 def describe(facts: dict) -> str:

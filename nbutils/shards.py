@@ -170,7 +170,7 @@ def own_pieces(model: torch.nn.Module, adapter_name: str = "default") -> dict[st
                 pieces[key] = _flat_piece(shard.detach(), shape, info)
     for key, parameter in _parameters_outside_fsdp1(model, adapter_name):
         if isinstance(parameter, DTensor):
-            pieces[key] = _dtensor_piece(parameter.detach())
+            pieces[key] = piece_of(parameter.detach())
         else:
             pieces[key] = Piece(parameter.detach(), tuple(parameter.shape))
     return pieces
@@ -283,7 +283,12 @@ def _flat_piece(shard: torch.Tensor, shape: torch.Size, info) -> Piece:
     return Piece(held, tuple(shape), info.intra_param_start_idx)
 
 
-def _dtensor_piece(parameter: DTensor) -> Piece:
+def piece_of(parameter: DTensor) -> Piece:
+    """What this rank holds of a parameter of FSDP 2.
+
+    Raises:
+        SaveError: it is not sharded by whole rows.
+    """
     sizes, offsets = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

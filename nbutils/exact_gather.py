@@ -1,0 +1,77 @@
+"""FSDP 2 gathers weights with a copy that reads them as numbers. Packed 4-bit weights are none, and stay whole here."""
+
+import functools
+
+import bitsandbytes as bnb
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+from nbutils.shards import piece_of
+
+
+class AlteredWeights(RuntimeError):
+    """What FSDP 2 gathers is not what the ranks hold."""
+
+
+def gather_as_bytes() -> None:
+    """Let FSDP 2 gather each unit as bytes, as it does by itself where a unit holds several dtypes.
+
+    It fills the buffer of a gather with `torch._foreach_copy_`. On CUDA that copy takes each bf16 value to float and
+    back, and so writes every NaN as the same NaN (pytorch/pytorch#159333). About one pair of packed bytes in a thousand
+    looks like a NaN in bf16, and becomes other 4-bit values (bitsandbytes-foundation/bitsandbytes#1945). A copy of
+    bytes computes nothing.
+
+    It changes torch for this process; a second call does nothing. FSDP 1, and FSDP 2 on one rank, gather without that
+    copy.
+    """
+    plain = _fsdp_collectives._get_all_gather_input_metadatas
+    if getattr(plain, "as_bytes", False):
+        return
+
+    @functools.wraps(plain)
+    def metadatas(inputs):
+        dtypes, sizes, _ = plain(inputs)
+        return dtypes, sizes, torch.uint8
+
+    metadatas.as_bytes = True
+    _fsdp_collectives._get_all_gather_input_metadatas = metadatas
+
+
+def check_first_gather(model: torch.nn.Module) -> None:
+    """Compare, in the first forward pass, what the gather of a layer brings with what this rank put into it.
+
+    Args:
+        model: sharded by FSDP 2; with any other nothing is done.
+
+    Raises:
+        AlteredWeights: in that forward pass, with the number of bytes that differ.
+    """
+    unit = next((module for module in model.modules() if _is_innermost_unit_of_packed(module)), None)
+    if unit is None:
+        return
+    packed = [module for module in unit.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    pieces = [piece_of(module.weight.detach()) for module in packed]
+    held = [_bytes(piece.held).to("cpu", copy=True) for piece in pieces]
+
+    def compare(*_):
+        handle.remove()
+        brought = [_bytes(piece.cut(module.weight.detach())).cpu() for piece, module in zip(pieces, packed)]
+        differ = sum((here != there).sum().item() for here, there in zip(held, brought))
+        if differ:
+            raise AlteredWeights(
+                f"FSDP 2 gathered a layer with {differ:,} of this rank's {sum(map(torch.numel, held)):,} packed bytes "
+                "changed; none was wanted. The copy in the gather reads them as numbers (pytorch/pytorch#159333). Call "
+                "nbutils.exact_gather.gather_as_bytes() before training, as the script does, or take FSDP 1."
+            )
+
+    handle = unit.register_forward_pre_hook(compare)  # behind FSDP's own hook, which gathers
+
+
+def _is_innermost_unit_of_packed(module: torch.nn.Module) -> bool:
+    units = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
+    return units == [module] and any(isinstance(inner, bnb.nn.Linear4bit) for inner in module.modules())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

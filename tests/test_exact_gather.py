@@ -1,0 +1,59 @@
+"""FSDP 2's gather beside a copy that changes NaN, as CUDA's does: the script is not touched by it, and notices it."""
+
+import json
+import re
+
+import pytest
+
+from nbutils.course import ROOT
+from nbutils.launch import LaunchFailed, launch
+from nbutils.recipe import write_script
+from nbutils.tiny import tiny_base
+
+SETTINGS = {
+    "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 2,
+    "max_length": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,
+    "save_strategy": "no", "disable_tqdm": "true",
+}  # fmt: skip
+LINE = "    gather_as_bytes()"
+
+
+def train(folder, module=None, leave_out=""):
+    """The script under FSDP 2 on two processes; what it left in run.json."""
+    script = write_script(folder)
+    assert script.read_text().count(LINE) == 1
+    script.write_text(script.read_text().replace(leave_out, "    pass") if leave_out else script.read_text())
+    told = {"model": tiny_base(), "output_dir": folder / "out", **SETTINGS}
+    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    config = ROOT / "configs/accelerate/rehearsal_fsdp2.yaml"
+    launch(script, words, config, module=module, log=folder / "launch.log", timeout=240, show=False)
+    return json.loads((folder / "out/run.json").read_text())
+
+
+@pytest.fixture
+def like_cuda(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests/ranks'}:{ROOT}")
+    return "like_cuda"
+
+
+@pytest.mark.launch
+def test_a_copy_that_changes_nan_changes_nothing_in_the_script(tmp_path, like_cuda):
+    for name in ("exact", "like_cuda"):
+        (tmp_path / name).mkdir()
+    exact = train(tmp_path / "exact")
+    there = train(tmp_path / "like_cuda", module=like_cuda)
+    assert there["training"] == exact["training"]
+    assert there["adapter"]["sha256"] == exact["adapter"]["sha256"]
+
+
+@pytest.mark.launch
+def test_without_the_line_the_first_gather_ends_the_run(tmp_path, like_cuda):
+    with pytest.raises(LaunchFailed) as failed:
+        train(tmp_path, module=like_cuda, leave_out=LINE)
+    found = re.search(
+        r"gathered a layer with ([\d,]+) of this rank's ([\d,]+) packed bytes changed", str(failed.value)
+    )
+    changed, held = (int(number.replace(",", "")) for number in found.groups())
+    assert 0 < changed < 0.01 * held
+    assert "gather_as_bytes()" in str(failed.value)
+    assert not (tmp_path / "out/adapter").exists()
