@@ -144,6 +144,14 @@ TROUBLES = [
         "Take the rehearsal's config there.",
         CELL + "sync-on-cpu",
     ),
+    Trouble(
+        "(FSDP 2 on GPUs begins with another loss than FSDP 1)",
+        "torch 2.11, 2.13, CUDA, two ranks or more",
+        "Its gather's copy writes every NaN as the same one: packed values that look like NaN become other weights.",
+        "`gather_as_bytes()` before training, as in the script, which also checks its first gather (notebook 02).",
+        "tests/test_exact_gather.py::test_without_the_line_the_first_gather_ends_the_run",
+        ("pytorch/pytorch#159333", "bitsandbytes-foundation/bitsandbytes#1945"),
+    ),
     # ---- training
     Trouble(
         "(the log shows a loss, and the loss is NaN)",
