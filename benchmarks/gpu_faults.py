@@ -4,8 +4,8 @@ Run as: python benchmarks/gpu_faults.py --model FOLDER --big FOLDER --commit SHA
 
 A case is kept with the commit that it ran at; cases of FILE that do not run now stay in it.
 
-Each case is a real launch of the real script. Two cases are of mistakes that the script does not make or refuses before
-it loads; for them a copy of it is changed, so that the library itself is heard.
+Each case is a real launch of the real script. Three cases are of mistakes that the script does not make or refuses
+before it loads; for them a copy of it is changed, so that the library itself is heard, or our check of it.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from nbutils.launch import LaunchFailed, launch
 from nbutils.provenance import provenance
 from nbutils.recipe import write_script
 
-FSDP1, OFFLOADED = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2_offload.yaml"
+FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
+OFFLOADED = "configs/accelerate/config_fsdp2_offload.yaml"
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 6,
     "max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2, "eval_strategy": "no",
@@ -35,6 +36,7 @@ SETTINGS = {
 }  # fmt: skip
 ENDED_WELL = "(it ended well)"
 NO_CHECKS = ("    refuse_before_loading(recipe, training)", "    pass")
+NUMBERS = ("    gather_as_bytes()", "    pass")
 LOADED_EARLY = [
     (
         "from transformers import set_seed",
@@ -77,6 +79,7 @@ CASES = {
     },
     "FSDP 2 with offload and the head on the CPU": {"config": OFFLOADED, "edits": [NO_CHECKS]},
     "the model is loaded before the device is chosen": {"config": FSDP1, "edits": LOADED_EARLY},
+    "FSDP 2 gathers numbers and not bytes": {"config": FSDP2, "edits": [NUMBERS]},
 }
 
 
@@ -123,7 +126,10 @@ def run_case(case: dict, model: str, big: str, folder: Path) -> dict:
         "other_lines_of_the_log": [
             without_paths(line, folder)[:400]
             for line in dict.fromkeys(log.splitlines())
-            if re.search(r"[Ww]atchdog caught|Tensors must be|Inconsistent compute|CUDA out of memory", line)
+            if re.search(
+                r"[Ww]atchdog caught|Tensors must be|Inconsistent compute|CUDA out of memory|packed bytes",
+                line,
+            )
         ][:6],
     }
 
