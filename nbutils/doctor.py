@@ -116,17 +116,67 @@ def check_packages(locked: dict[str, str], found: dict[str, str | None]) -> list
 
 
 def find_gpus() -> list[dict]:
-    """Name, memory in GiB and compute capability of each GPU, as nvidia-smi tells them; empty without one."""
-    table = _nvidia_smi("--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
-    gpus = []
-    for line in filter(None, table.splitlines()):
-        name, memory, capability = (part.strip() for part in line.split(","))
-        gpus.append({"name": name, "gib": float(memory) / 1024, "capability": float(capability)})
-    return gpus
+    """The GPUs that a program started here would see, as nvidia-smi tells them; empty without one.
+
+    Returns:
+        For each its `index` in nvidia-smi's table, `name`, memory in `gib` and compute `capability`. The last two are
+        None where nvidia-smi gives no number: the GPU shares the host's memory, or a container may not ask.
+    """
+    table = _nvidia_smi("--query-gpu=name,memory.total,compute_cap,uuid", "--format=csv,noheader,nounits")
+    rows = [
+        line.split(",") for line in table.splitlines() if "," in line
+    ]  # "No devices were found" is no row
+    gpus, uuids = [], []
+    for index, row in enumerate(rows):
+        name, memory, capability, uuid = (*(part.strip() for part in row), "", "", "")[:4]
+        mib = _number(memory)
+        gib = None if mib is None else mib / 1024
+        gpus.append({"index": index, "name": name, "gib": gib, "capability": _number(capability)})
+        uuids.append(uuid)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return gpus
+    if chosen.startswith("MIG-"):  # a slice of a card; CUDA shows one, and the table has whole cards only
+        return [gpus[0] | {"name": f"a MIG slice of {gpus[0]['name']}", "gib": None}] if gpus else []
+    return [gpus[index] for index in _visible(chosen, uuids)]
 
 
-def how_linked() -> str:
-    """How GPU 0 reaches GPU 1: NVLink, or a PCIe path, in the words of `nvidia-smi topo`."""
+def _visible(chosen: str, uuids: list[str]) -> list[int]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, read as CUDA reads it.
+
+    The list ends at the first entry that names no GPU, so -1 and the empty string leave none, and so does a list that
+    names one twice. CUDA numbers the cards from the fastest on, and nvidia-smi by their slots: if they are not all
+    alike, CUDA_DEVICE_ORDER=PCI_BUS_ID makes both say the same.
+    """
+    seen = []
+    for word in chosen.split(","):
+        word = word.strip()
+        if word.isdigit():
+            named = [int(word)] if int(word) < len(uuids) else []
+        else:
+            named = [index for index, uuid in enumerate(uuids) if word and uuid.startswith(word)]
+        if len(named) != 1:  # none, or the beginning of several UUIDs
+            break
+        if named[0] in seen:
+            return []
+        seen += named
+    return seen
+
+
+def _number(text: str) -> float | None:
+    """What nvidia-smi prints, or None where it prints words: `[N/A]`, `[Insufficient Permissions]`."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def how_linked(first: int = 0, second: int = 1) -> str:
+    """How one GPU reaches another: NVLink, or a PCIe path, in the words of `nvidia-smi topo`.
+
+    Args:
+        first, second: indices in nvidia-smi's table.
+    """
     words = {
         "NV": "NVLink",
         "PIX": "one PCIe switch",
@@ -135,8 +185,9 @@ def how_linked() -> str:
         "NODE": "PCIe within a NUMA node",
         "SYS": "PCIe between two CPU sockets",
     }
-    row = re.search(r"^GPU0\s+X\s+(\S+)", _nvidia_smi("topo", "-m"), re.MULTILINE)
-    link = row.group(1) if row else ""
+    # The row of a GPU has its own name, and then a word for each GPU; X stands for itself.
+    row = re.search(rf"^GPU{first}((?:\s+\S+){{{second + 1}}})", _nvidia_smi("topo", "-m"), re.MULTILINE)
+    link = row.group(1).split()[-1] if row else ""
     return next((f"{text} ({link})" for code, text in words.items() if link.startswith(code)), "link unknown")
 
 
@@ -148,27 +199,43 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
             return [Check("GPUs", "none", FAIL, mend)]
         mend = "None is needed for the tiny model: the same script is rehearsed on two CPU processes."
         return [Check("GPUs", "none", WARN, mend)]
-    smallest = min(gpu["gib"] for gpu in gpus)
-    checks = [Check("GPUs", f"{len(gpus)} x {gpus[0]['name']}, {smallest:.1f} GiB")]
+    sizes = [gpu["gib"] for gpu in gpus]
+    smallest = None if None in sizes else min(sizes)
+    size = "memory unknown" if smallest is None else f"{smallest:.1f} GiB"
+    checks = [Check("GPUs", f"{len(gpus)} x {gpus[0]['name']}, {size}")]
     if len(gpus) == 1 and model.gpu_needed:
         checks[0].verdict, checks[0].mend = WARN, "FSDP shards over two or more GPUs; one needs no FSDP."
-    if any(gpu["capability"] < 8.0 for gpu in gpus):
-        mend = "The recipe computes in bf16, which needs compute capability 8.0 (RTX 30, A100 or newer)."
-        checks.append(Check("bf16", f"compute capability {min(g['capability'] for g in gpus)}", FAIL, mend))
-    else:
-        checks.append(Check("bf16", "supported"))
+    checks.append(_check_bf16([gpu["capability"] for gpu in gpus]))
     if len(gpus) > 1:
-        checks.append(Check("GPU link", how_linked()))
+        checks.append(Check("GPU link", how_linked(gpus[0]["index"], gpus[1]["index"])))
     if model.gpu_needed:
-        plain, offloaded = gpu_gib(model, len(gpus), False), gpu_gib(model, len(gpus), True)
-        found = f"{smallest:.1f} GiB; needs {plain:.1f}, or {offloaded:.1f} with offload (predicted)"
-        if smallest >= plain:
-            checks.append(Check("GPU memory", found))
-        elif smallest >= offloaded:
-            checks.append(Check("GPU memory", found, WARN, "Keep fsdp_offload_params: true."))
-        else:
-            checks.append(Check("GPU memory", found, FAIL, "Take a smaller model or larger GPUs."))
+        checks.append(_check_gpu_memory(model, len(gpus), smallest))
     return checks
+
+
+def _check_bf16(capabilities: list[float | None]) -> Check:
+    if any(found is not None and found < 8.0 for found in capabilities):
+        least = min(found for found in capabilities if found is not None)
+        mend = "The recipe computes in bf16, which needs compute capability 8.0 (RTX 30, A100 or newer)."
+        return Check("bf16", f"compute capability {least}", FAIL, mend)
+    if None in capabilities:
+        mend = "nvidia-smi does not tell it here. bf16 needs 8.0 (RTX 30, A100 or newer)."
+        return Check("bf16", "compute capability unknown", WARN, mend)
+    return Check("bf16", "supported")
+
+
+def _check_gpu_memory(model: Model, gpus: int, smallest: float | None) -> Check:
+    plain, offloaded = gpu_gib(model, gpus, False), gpu_gib(model, gpus, True)
+    size = "unknown" if smallest is None else f"{smallest:.1f} GiB"
+    found = f"{size}; needs {plain:.1f}, or {offloaded:.1f} with offload (predicted)"
+    if smallest is None:
+        mend = "nvidia-smi does not tell it here. A GPU that shares the host's memory has what the host can spare."
+        return Check("GPU memory", found, WARN, mend)
+    if smallest >= plain:
+        return Check("GPU memory", found)
+    if smallest >= offloaded:
+        return Check("GPU memory", found, WARN, "Keep fsdp_offload_params: true.")
+    return Check("GPU memory", found, FAIL, "Take a smaller model or larger GPUs.")
 
 
 def _nvidia_smi(*arguments: str) -> str:

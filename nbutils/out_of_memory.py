@@ -31,13 +31,14 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
         typed = {name: yaml.safe_load(value) for name, value in told.items() if isinstance(value, str)}
         choices = Choices.read(told | typed)
         expected = plan(shape, setup, batch, length, lora_r, choices=choices)
+        known = [gpu["gib"] for gpu in find_gpus() if gpu["gib"]]
     except (KeyError, OSError, TypeError, ValueError, yaml.YAMLError):
         return ""
     said = (
         f"The plan for these settings: {expected.gpu_peak_bytes / GIB:.1f} GiB a rank at its peak, "
         f"{expected.peak_moment}, and {OUTSIDE / GIB:.1f} GiB beside PyTorch."
     )
-    room = min((gpu["gib"] for gpu in find_gpus()), default=0.0) * GIB - OUTSIDE
+    room = min(known, default=0.0) * GIB - OUTSIDE
     # Where the plan thought that it would fit, it is asked for something that needs clearly less.
     budget = (
         min(int(room), int(0.9 * expected.gpu_peak_bytes)) if room > 0 else int(0.9 * expected.gpu_peak_bytes)

@@ -1,6 +1,8 @@
 """The doctor: each check says OK, WARN or FAIL where it should, with something to do."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from nbutils.memory_items import GIB
 from nbutils.needs import IN_MEMORY_GB, MODELS, host_gib
 
 BIG, TINY = MODELS["llama31_70b"], MODELS["tiny"]
-RTX3090 = {"name": "NVIDIA GeForce RTX 3090", "gib": 24.0, "capability": 8.6}
+RTX3090 = {"index": 0, "name": "NVIDIA GeForce RTX 3090", "gib": 24.0, "capability": 8.6}
 
 
 @pytest.mark.parametrize(
@@ -87,13 +89,91 @@ def test_the_link_is_read_from_the_table_of_nvidia_smi(monkeypatch):
     assert doctor.how_linked() == "NVLink (NV18)"
 
 
-def test_gpus_are_read_from_nvidia_smi(monkeypatch):
-    monkeypatch.setattr(
-        doctor, "_nvidia_smi", lambda *arguments: "NVIDIA H200, 143771, 9.0\nNVIDIA H200, 143771, 9.0\n"
-    )
+def test_the_link_is_that_of_the_gpus_that_are_visible(monkeypatch):
+    table = "\tGPU0\tGPU1\tGPU2\nGPU0\t X \tNV18\tSYS\nGPU1\tNV18\t X \tPIX\nGPU2\tSYS\tPIX\t X \n"
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda *arguments: table)
+    assert doctor.how_linked(0, 2) == "PCIe between two CPU sockets (SYS)"
+    assert doctor.how_linked(2, 1) == "one PCIe switch (PIX)"
+    monkeypatch.setattr(doctor, "find_gpus", lambda: [RTX3090 | {"index": index} for index in (1, 2)])
+    (link,) = (check for check in doctor.check_gpus(TINY, doctor.find_gpus()) if check.what == "GPU link")
+    assert link.found == "one PCIe switch (PIX)"
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put a program in the place of nvidia-smi that prints these lines, whatever it is asked."""
+
+    def prints(*lines: str) -> None:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return prints
+
+
+FOUR_CARDS = [
+    "NVIDIA H200, 143771, 9.0, GPU-aa00",
+    "NVIDIA H200, 143771, 9.0, GPU-aa11",
+    "NVIDIA GeForce RTX 3090, 24576, 8.6, GPU-bb22",
+    "NVIDIA GeForce RTX 3090, 24576, 8.6, GPU-cc33",
+]
+
+
+def test_gpus_are_read_from_nvidia_smi(nvidia_smi):
+    nvidia_smi(*FOUR_CARDS)
     gpus = doctor.find_gpus()
-    assert [gpu["name"] for gpu in gpus] == ["NVIDIA H200"] * 2
+    assert [gpu["name"] for gpu in gpus] == ["NVIDIA H200"] * 2 + ["NVIDIA GeForce RTX 3090"] * 2
     assert gpus[0]["gib"] == pytest.approx(140.4, abs=0.1)
+    nvidia_smi("No devices were found")
+    assert doctor.find_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "seen"),
+    [
+        ("", []),
+        ("-1", []),
+        ("2", [2]),
+        ("3, 1", [3, 1]),
+        ("0,7,1", [0]),  # the list ends at the first entry that names no GPU
+        ("0,-1,1", [0]),
+        ("1,1", []),
+        ("GPU-cc33,GPU-aa00", [3, 0]),
+        ("GPU-b", [2]),
+        ("GPU-bb,GPU-aa,GPU-cc", [2]),  # the second is the beginning of two UUIDs
+        ("GPU-unknown,GPU-cc33", []),
+    ],
+)
+def test_a_hidden_gpu_does_not_count(nvidia_smi, monkeypatch, chosen, seen):
+    nvidia_smi(*FOUR_CARDS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert [gpu["index"] for gpu in doctor.find_gpus()] == seen
+
+
+def test_a_mig_slice_counts_as_one_gpu_of_unknown_size(nvidia_smi, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0123,MIG-4567")
+    nvidia_smi(*FOUR_CARDS)
+    assert [(gpu["name"], gpu["gib"]) for gpu in doctor.find_gpus()] == [("a MIG slice of NVIDIA H200", None)]
+    nvidia_smi("No devices were found")
+    assert doctor.find_gpus() == []
+
+
+def test_what_nvidia_smi_does_not_tell_is_said_to_be_unknown(nvidia_smi, capsys):
+    nvidia_smi("NVIDIA GB10, [N/A], 12.1, GPU-aa00")
+    doctor.main(["--model", "llama31_8b"])
+    table = capsys.readouterr().out
+    assert "1 x NVIDIA GB10, memory unknown" in table
+    assert re.search(r"WARN GPU memory +unknown; needs [\d.]+, or", table)
+    assert re.search(r"OK +bf16 +supported", table)
+    nvidia_smi("NVIDIA H100, [Insufficient Permissions], [N/A], GPU-aa00")
+    assert verdicts(BIG, doctor.find_gpus()) == {"GPUs": WARN, "bf16": WARN, "GPU memory": WARN}
+    assert verdicts(TINY, doctor.find_gpus()) == {"GPUs": OK, "bf16": WARN}
+
+
+def test_one_unknown_size_leaves_the_smallest_unknown_and_an_old_card_is_still_too_old(nvidia_smi):
+    nvidia_smi(FOUR_CARDS[0], "NVIDIA GB10, [N/A], 7.5, GPU-dd44")
+    assert verdicts(BIG, doctor.find_gpus()) == {"GPUs": OK, "bf16": FAIL, "GPU link": OK, "GPU memory": WARN}
 
 
 def test_the_token_is_never_shown(monkeypatch):

@@ -1,16 +1,23 @@
-"""A kernel gives back what it keeps on the GPUs before a launch, and says what it cannot give back."""
+"""A kernel gives back what it keeps on the GPUs before a launch, says what it keeps, and uses one of them alone."""
 
 import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from nbutils.course import ROOT
-from nbutils.kernel_memory import give_back
+from nbutils.exercises import check
+from nbutils.kernel_memory import give_back, too_large_for_a_gpu
 from nbutils.launch import launch
+from nbutils.loading import load_nf4, load_tokenizer
+from nbutils.tiny import tiny_base
+
+NOTEBOOK_05 = nbformat.read(ROOT / "notebooks" / "05_save_verify_merge.ipynb", as_version=4)
 
 
 def test_a_process_that_used_no_gpu_is_left_alone():
@@ -76,6 +83,73 @@ def test_a_launch_says_it_between_the_command_and_the_first_line_of_progress(tmp
     printed = capsys.readouterr().out
     places = [printed.find(words) for words in ("accelerate launch", "This kernel holds", "finished after")]
     assert -1 not in places and places == sorted(places)
+
+
+def cell(words: str) -> str:
+    """The one code cell of notebook 05 that holds these words."""
+    (source,) = (c.source for c in NOTEBOOK_05.cells if c.cell_type == "code" and words in c.source)
+    return source
+
+
+def before_the_losses(folder) -> dict:
+    """What notebook 05 knows when it comes to the cell that defines `heldout_loss`, with the base as its model."""
+    settings = {
+        "model": str(tiny_base()),
+        "dataset": "data/instructions/train.jsonl",
+        "heldout_dataset": "data/instructions/heldout.jsonl",
+        "max_length": 64,
+        "per_device_eval_batch_size": 32,
+    }
+    return {
+        "adapter": tiny_base(),
+        "settings": settings,
+        "run_dir": folder,
+        "load_nf4": load_nf4,
+        "load_tokenizer": load_tokenizer,
+    }
+
+
+def test_notebook_05_measures_its_losses_where_two_gpus_are_visible(tmp_path, monkeypatch):
+    """No such machine is here: the count is what made the Trainer choose DataParallel, and TRL refuse it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    known = before_the_losses(tmp_path)
+    exec(cell("def heldout_loss"), known)
+    known["heldout"] = known["heldout"].select(range(32))
+    model = get_peft_model(load_nf4(str(tiny_base())), LoraConfig(target_modules=["q_proj"]))
+    assert 1 < known["heldout_loss"](model) < 7
+
+
+def test_a_card_that_cannot_hold_the_weights_is_known_beforehand(monkeypatch):
+    if not torch.cuda.is_available():
+        assert too_large_for_a_gpu(10**15) == ""  # nothing is put on a GPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for card, weights, room in [(24, 5.6, True), (24, 36.9, False), (47.4, 36.9, True), (140, 131, False)]:
+        monkeypatch.setattr(
+            "torch.cuda.get_device_properties",
+            lambda device, card=card: SimpleNamespace(total_memory=int(card * 2**30)),
+        )
+        said = too_large_for_a_gpu(int(weights * 2**30))
+        assert (said == "") is room, (card, weights)
+        if not room:
+            assert f"needs {weights:.1f} GiB of weights on one GPU; GPU 0 has {card:.1f} GiB" in said
+            assert (ROOT / "benchmarks" / "use_adapter.py").is_file() and "benchmarks/use_adapter.py" in said
+
+
+def test_notebook_05_leaves_out_what_one_card_cannot_hold(tmp_path, monkeypatch, capsys):
+    """From the losses to the last exercise that needs them: no cell fails, and none puts the model on a GPU."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("nbutils.kernel_memory.too_large_for_a_gpu", lambda weights: "Skipped.")
+    peft_model = SimpleNamespace(from_pretrained=lambda base, adapter: base)  # no adapter was trained here
+    known = before_the_losses(tmp_path)
+    exec(cell("def heldout_loss"), known)
+    known |= {"PeftModel": peft_model, "training": {}, "done": {"bytes": 1}, "max_new_tokens": 1}
+    known |= {"check": check, "heldout_loss": None, "AutoModelForCausalLM": None}  # to call None fails
+    for words in ("with_adapter = ", "def answer", "def out_of_nf4", "in_bf16 = "):
+        exec(cell(words), known)
+    assert capsys.readouterr().out.count("Skipped.") == 3  # the answers are shown as Markdown
+    exec(cell("with_zero_b = ..."), known)
+    assert "OK" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

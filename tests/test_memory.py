@@ -1,6 +1,7 @@
 """The memory plan against everything that was recorded, and the formulas against numbers worked out by hand."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -218,17 +219,34 @@ def test_the_goals_fit_where_they_say():
     assert min(peaks, key=peaks.get) == "fewest_bytes"
 
 
-def test_what_to_change_after_running_out_of_memory_knows_the_settings(tmp_path):
-    """What stands on the command line is text, and counts as what it means."""
-    (tmp_path / "config.json").write_text(json.dumps({
+def settings_of_70b(folder: Path) -> tuple[list[str], Path]:
+    """The words of a launch that a plan can be made for, and its config file."""
+    (folder / "config.json").write_text(json.dumps({
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8, "vocab_size": 128256,
     }))  # fmt: skip
-    config = RESULTS.parents[1] / "configs" / "accelerate" / "config_fsdp2.yaml"
-    words = ["--model", str(tmp_path), "--per_device_train_batch_size", "2", "--max_length", "2048"]
+    words = ["--model", str(folder), "--per_device_train_batch_size", "2", "--max_length", "2048"]
+    return words, RESULTS.parents[1] / "configs" / "accelerate" / "config_fsdp2.yaml"
+
+
+def test_what_to_change_after_running_out_of_memory_knows_the_settings(tmp_path):
+    """What stands on the command line is text, and counts as what it means."""
+    words, config = settings_of_70b(tmp_path)
     plain = advice([*words, "--embeddings_on_host", "false"], config)
     host = advice([*words, "--embeddings_on_host", "true"], config)
     gib = [float(re.search(r"([\d.]+) GiB a rank", text)[1]) for text in (plain, host)]
     assert gib[0] - gib[1] > 0.9  # half of embedding and head, at the least
     # The first change that helps, and not one row a rank: that would still be too much.
     assert "Change first: activations in host memory" in host and host.endswith(" GiB, fits.")
+
+
+def test_advice_takes_no_harm_from_a_card_of_unknown_size(tmp_path, monkeypatch):
+    """It is given while a launch fails, and must not replace the launch's own error by one of its own."""
+    words, config = settings_of_70b(tmp_path)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 12.1, GPU-aa00'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert "Change first: " in advice(words, config)
+    # A table that is no text; nothing that nvidia-smi does may end in a traceback here.
+    (tmp_path / "nvidia-smi").write_bytes(b"#!/bin/sh\nprintf '\\377, 1, 2, 3'\n")
+    assert advice(words, config) == ""
