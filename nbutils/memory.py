@@ -172,18 +172,22 @@ def _changes(run: _Run) -> dict[str, Callable[[_Run], _Run]]:
         )
     if run.batch > 1:
         changes[f"one row a rank instead of {run.batch}"] = lambda r: replace(r, batch=1)
-    if not setup.reshard:
+    if not setup.reshard and not setup.no_shard:
         changes["reshard after the forward pass (FULL_SHARD)"] = lambda r: r.with_setup(reshard=True)
     if not choices.checkpointing or choices.every_n_layers > 1:
         changes["checkpoints of every layer (activation_checkpointing)"] = lambda r: r.with_choices(
             checkpointing=True, every_n_layers=1
         )
-    if setup.fsdp_version and not setup.offload:
-        # With FSDP 2 the head must not be among the parameters that are offloaded: the script refuses that.
-        words = {1: "fsdp_offload_params: true", 2: "config_fsdp2_offload.yaml and embeddings_on_host: true"}
-        changes[f"parameters in host memory ({words[setup.fsdp_version]})"] = lambda r: r.with_setup(
+    if setup.fsdp_version == 1 and not setup.offload and not setup.no_shard:
+        changes["parameters in host memory (fsdp_offload_params: true)"] = lambda r: r.with_setup(
             offload=True
-        ).with_choices(embeddings_on_host=r.choices.embeddings_on_host or setup.fsdp_version == 2)
+        )
+    if setup.no_shard or (setup.fsdp_version == 2 and not setup.offload):
+        # The head must not be among the parameters that FSDP 2 offloads: the script refuses that.
+        words = "config_fsdp2_offload.yaml and embeddings_on_host: true"
+        changes[f"parameters in host memory ({words})"] = lambda r: r.with_setup(
+            fsdp_version=2, offload=True, reshard=True
+        ).with_choices(embeddings_on_host=True)
     if run.length > 1024:
         changes[f"rows of 1,024 tokens instead of {run.length:,}"] = lambda r: replace(r, length=1024)
     return changes

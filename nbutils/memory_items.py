@@ -194,7 +194,9 @@ class _Sizes:
 
 
 def _fsdp1(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
-    resident = sizes.resident(setup.offload)
+    # With NO_SHARD the GPU keeps all of it, and the host has it too.
+    offload = setup.offload and not setup.no_shard
+    resident = sizes.resident(offload)
     root = {
         "embedding and head": sizes.root
     }  # gathered from the first forward to the last backward of a step
@@ -206,14 +208,14 @@ def _fsdp1(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
         "their flat copy": sizes.root,
         "shard of embedding and head": share,
     }
-    if not setup.offload:
+    if not offload:
         wrapping["4-bit shards"] = resident["4-bit shards"]
         wrapping["adapter"] = resident["adapter"]
-    kept = sizes.layers if not setup.reshard else 1
+    kept = 1 if setup.reshard or setup.no_shard else sizes.layers
     # BACKWARD_PRE fetches the next unit ahead; with PEFT's policy that is a small one, of the adapter.
     backward = resident | root | {"gathered layers": kept * (sizes.layer + sizes.adapter_layer)}
     moments = {"wrapping": wrapping, "backward of a layer": backward | sizes.one_layer_backward()}
-    if setup.offload:
+    if offload:
         # Before the backward pass FSDP asks for the root again, and copies its shard once more from host memory.
         moments["between forward and backward"] = (
             resident

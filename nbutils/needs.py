@@ -88,7 +88,7 @@ def gpu_gib(model: Model, gpus: int, offload: bool) -> float:
     Args:
         model: one of MODELS.
         gpus: number of ranks.
-        offload: the shards live in host memory between uses.
+        offload: the shards live in host memory between uses. On one GPU it saves nothing there: `Setup.no_shard`.
 
     Returns:
         GiB: the plan's highest moment, and what CUDA and NCCL take beside it.

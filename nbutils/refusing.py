@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from nbutils.checkpoint import Checkpoint
+from nbutils.checkpoints import in_step
 from nbutils.compiling import refuse_fsdp1
 from nbutils.course import ROOT
 from nbutils.download import CannotDownload
@@ -30,6 +31,7 @@ from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoi
 from nbutils.saving import reject_foreign_folder
 from nbutils.shapes import Choices, Setup, Shape, shape_of
 from nbutils.shards import SaveError, agree, rank
+from nbutils.shared_output import Token, new_name
 
 
 def refuse_before_loading(recipe, training: SFTConfig) -> None:
@@ -50,6 +52,8 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
     _together(_refuse_hybrid_of_other_groups, every_rank=True)
     _together(lambda: refuse_versions(say=_say_once))
     _together(lambda: _refuse_output(Path(training.output_dir)))
+    if training.save_strategy != "no" or recipe.resume:  # of anything else, rank 0 alone reads and writes
+        _refuse_unshared_output(Path(training.output_dir))
     refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
     _together(lambda: _refuse_model(recipe, training))
 
@@ -154,6 +158,18 @@ def _say_once(sentence: str) -> None:
 def _refuse_output(output: Path) -> None:
     refuse_output(output)
     reject_foreign_folder(output / "adapter")  # the adapter's name, taken by something else
+
+
+def _refuse_unshared_output(output: Path) -> None:
+    if _ranks_here() == int(os.environ.get("WORLD_SIZE", "1")):
+        return  # one machine
+    token = Token(output, in_step(new_name()))
+    try:
+        _together(lambda: rank() == 0 and token.leave(), every_rank=True)
+        _together(token.look_for, every_rank=True)
+    finally:  # when all have looked
+        if rank() == 0:
+            token.take_away()
 
 
 def _refuse_model(recipe, training: SFTConfig) -> None:

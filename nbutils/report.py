@@ -146,7 +146,7 @@ class CheckWhatRuns(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.facts = what_runs(self.trainer)
-        plugin = self.trainer.accelerator.state.fsdp_plugin
+        plugin = getattr(self.trainer.accelerator.state, "fsdp_plugin", None)  # one process has no such name
         if plugin and plugin.fsdp_version == 1 and is_hybrid(plugin.sharding_strategy.name):
             give_its_groups_the_timeout(self.trainer.model_wrapped, args.ddp_timeout_delta)
         if state.is_world_process_zero:

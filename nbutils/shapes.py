@@ -143,6 +143,15 @@ class Setup:
     offload: bool = True
     reshard: bool = True
 
+    @property
+    def no_shard(self) -> bool:
+        """FSDP 1 on one rank: whatever the config says, torch turns its strategy into NO_SHARD.
+
+        Then nothing is freed after its use. With offload the host has its copy, and the modules' views keep the other
+        on the GPU, until the next copy takes its place.
+        """
+        return self.fsdp_version == 1 and self.world_size == 1
+
     @classmethod
     def read(cls, path: str | Path, world_size: int | None = None) -> "Setup":
         """Read an accelerate config file.

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from processes import ranks_of
 from recording import record
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
@@ -38,6 +39,7 @@ from nbutils.launch import choose_config
 from nbutils.loading import quantise_checkpoint
 from nbutils.recipe import write_script
 from nbutils.refusing import Refused
+from nbutils.shared_output import Token
 from nbutils.tiny import tiny_base
 
 pytestmark = pytest.mark.launch
@@ -543,6 +545,62 @@ def test_bad_input_is_refused_before_a_weight_is_read(answered, cause):
     assert not list(case.folder.rglob("*.unfinished"))
 
 
+# ---- two machines, each with an output folder of its own ------------------------------------------------------------
+
+SAVED = SETTINGS | {"save_strategy": "steps", "save_steps": 1}
+
+
+def machine(number: int, folder: Path, port: int, script: str, hub: str) -> subprocess.Popen:
+    """What is typed on a machine; that both are this one makes no difference to `accelerate launch`."""
+    file = variant(
+        choose_config(1, rehearsal=True), folder, num_machines=2, num_processes=2, machine_rank=number,
+        main_process_ip="127.0.0.1", main_process_port=port,
+    )  # fmt: skip
+    told = {**SAVED, "model": folder / "none"}  # nothing is there that could be read
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["-m", "nbutils.rehearsal", script, *words(told, output_dir=folder / "runs/out")]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment(hub, folder / "home"), cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_machines_that_do_not_share_the_output_folder_are_refused_before_a_weight_is_read(
+    tmp_path, hub, script
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    folders[0].mkdir()
+    (folders[1] / "runs/out").mkdir(parents=True)  # there on one machine, and still to be made on the other
+    machines = [machine(number, folder, port, script, hub) for number, folder in enumerate(folders)]
+    outputs = [process.communicate(timeout=90)[0] for process in machines]
+    host = re.escape(socket.gethostname())
+    for process, output in zip(machines, outputs):
+        assert process.returncode == 1, output
+        assert re.search(
+            rf"output_dir {re.escape(str(folders[1]))}/runs/out is not one folder that all machines share: rank 1 on "
+            rf"{host} has looked for 10 seconds .*Wanted: .* Name one on a file system that all machines mount\.",
+            output,
+        ), output
+    assert not (folders[0] / "runs").exists() and not any((folders[1] / "runs/out").iterdir())
+    assert ranks_of(script) == []
+
+
+def test_a_token_that_comes_late_is_waited_for(tmp_path):
+    here, there = (Token(tmp_path / "new/out", "token") for _ in range(2))
+    late = threading.Timer(0.7, here.leave)
+    late.start()
+    there.look_for()
+    late.join()
+    assert here.made == [tmp_path / "new", tmp_path / "new/out"] and there.made == []
+    here.take_away()
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(Refused, match=r"has looked for 0\.1 seconds"):
+        there.look_for(seconds=0.1)
+
+
 # ---- the same, as a reader types it ---------------------------------------------------------------------------------
 
 
@@ -668,7 +726,7 @@ def test_the_whole_table_in_the_terminal(answered, tmp_path, hub, script):
 
 @pytest.fixture(scope="module")
 def accepted(tmp_path_factory, hub):
-    """Two runs that look like bad input and are none: they train a step."""
+    """Runs that look like bad input and are none: they train a step, or are ended where they would read weights."""
     folder = tmp_path_factory.mktemp("good")
     quantise_checkpoint(tiny_base(), folder / "nf4")
     for file in (folder / "nf4").glob("*.safetensors"):
@@ -697,8 +755,17 @@ def accepted(tmp_path_factory, hub):
             "path": case.path,
             "args": words(told, model=tiny_base(), output_dir=case.folder / "new"),
         },
+        {
+            "name": "shared",
+            "out": str(folder / "runs/out"),
+            "fsdp": 1,
+            "world": 2,
+            "refuse": True,
+            "args": words(SAVED, model=tiny_base(), output_dir=folder / "runs/out"),
+            "variables": {"LOCAL_WORLD_SIZE": "1"},  # each the only rank of its machine
+        },
     ]
-    return fork(folder, runs, hub)
+    return fork(folder, runs, hub) | {"folder": folder}
 
 
 def words(settings: dict, **more) -> list[str]:
@@ -725,6 +792,12 @@ def test_rows_without_room_for_an_answer_are_counted(accepted):
     assert re.search(
         r"\d+ of 356 rows keep no token of their answer within max_length 64", accepted["uint8"]["output"][0]
     )
+
+
+def test_machines_that_share_the_output_folder_go_on_and_nothing_is_left_in_it(accepted):
+    assert accepted["shared"]["status"] == [99, 99], accepted["shared"]["output"]
+    folder = accepted["folder"]
+    assert (folder / "plan.json").exists() and not (folder / "runs").exists()
 
 
 def test_an_untested_version_is_a_warning(accepted):

@@ -11,6 +11,7 @@ import yaml
 
 from nbutils.memory import _changes, _Run, fits, plan, what_to_change
 from nbutils.memory_items import GIB, pinned_bytes, quantisation_state_bytes, saved_bytes_per_token
+from nbutils.needs import MODELS, gpu_gib
 from nbutils.out_of_memory import advice
 from nbutils.scale_figures import plan_of
 from nbutils.shapes import SHAPES, Choices, Setup, config_of, shape_of
@@ -163,6 +164,39 @@ def test_what_it_says_to_change_can_be_done(version):
     alone = [line for line in said if not line.startswith(("all of these", "twice"))]
     assert len(alone) == len(_changes(run)) and not any(line.endswith("fits") for line in alone)
     assert "all of these" in said[-2] and said[-2].endswith("fits")
+
+
+@pytest.mark.parametrize("name", ["llama32_1b", "llama31_8b", "llama31_70b"])
+def test_one_rank_of_fsdp1_has_all_of_the_model_on_its_gpu_with_offload_too(name):
+    """tests/test_offload.py shows why; FSDP 2 shards among one as well, and leaves the GPU."""
+    shape = SHAPES[name]
+    offloaded, plain = (plan(shape, Setup(1, 1, offload), 1, 1024) for offload in (True, False))
+    assert offloaded.moments == plain.moments
+    whole = shape.layers * shape.linear_parameters // 2 + 2 * shape.vocab * shape.hidden
+    assert all(sum(items.values()) > whole for items in offloaded.moments.values())
+    assert offloaded.host_bytes > plain.host_bytes + whole  # and once more in host memory
+    assert plan(shape, Setup(1, 2, True), 1, 1024).gpu_peak_bytes < plain.gpu_peak_bytes
+    assert plan(shape, Setup(2, 1, True), 1, 1024).moments != plan(shape, Setup(2, 1, False), 1, 1024).moments
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_one_rank_of_fsdp1_is_told_of_fsdp2_and_not_of_a_switch_that_does_nothing(offload, reshard):
+    shape, run = SHAPES["llama31_70b"], _Run(Setup(1, 1, offload, reshard), 1, 1024, Choices())
+    changes = _changes(run)
+    assert [name for name in changes if "fsdp_offload_params" in name or "FULL_SHARD" in name] == []
+    (name,) = [name for name in changes if "parameters in host memory" in name]
+    after = changes[name](run)
+    assert after.setup == Setup(1, 2, True) and after.choices.embeddings_on_host
+    said = what_to_change(shape, run.setup, run.batch, run.length, 16, int(22.5 * GIB))
+    assert next(line for line in said if line.endswith("fits")).startswith(name)
+    assert "config_fsdp2_offload.yaml and embeddings_on_host: true" in name
+
+
+def test_the_least_that_one_gpu_needs_is_not_less_for_offload():
+    big = MODELS["llama31_70b"]
+    assert gpu_gib(big, 1, offload=True) == gpu_gib(big, 1, offload=False) > 40
+    assert gpu_gib(big, 2, offload=True) < 24
 
 
 def test_the_readme_shows_what_was_recorded():

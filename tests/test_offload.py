@@ -5,12 +5,15 @@ import torch
 from torch import nn
 from torch.distributed import HashStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._flat_param import FlatParamHandle, HandleShardingStrategy
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from nbutils.offload import spare_host_memory
 from nbutils.resuming import optimizer_pieces, put_optimizer_back
+from nbutils.shapes import Setup
 
 
 @pytest.fixture
@@ -27,9 +30,11 @@ def one_process(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-def handle_of(module: nn.Module) -> FlatParamHandle:
+def handle_of(
+    module: nn.Module, strategy: HandleShardingStrategy = HandleShardingStrategy.FULL_SHARD
+) -> FlatParamHandle:
     handle = FlatParamHandle(
-        list(module.parameters()), module, torch.device("cpu"), HandleShardingStrategy.FULL_SHARD,
+        list(module.parameters()), module, torch.device("cpu"), strategy,
         offload_params=True, mp_param_dtype=None, mp_reduce_dtype=None, keep_low_precision_grads=False,
         process_group=torch.distributed.group.WORLD, use_orig_params=False,
     )  # fmt: skip
@@ -70,6 +75,39 @@ def test_a_second_call_changes_nothing(one_process):
     once = FlatParamHandle.init_flat_param_attributes
     spare_host_memory()
     assert FlatParamHandle.init_flat_param_attributes is once
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+def test_one_rank_of_fsdp1_is_not_sharded_whatever_is_asked(one_process):
+    asked = ShardingStrategy.FULL_SHARD
+    wrapped = FullyShardedDataParallel(
+        nn.Linear(8, 8), sharding_strategy=asked, device_id=torch.device("cpu")
+    )
+    assert wrapped.sharding_strategy == ShardingStrategy.NO_SHARD
+    assert Setup(world_size=1).no_shard and not Setup(world_size=2).no_shard
+    assert not Setup(world_size=1, fsdp_version=2).no_shard
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held"), [(HandleShardingStrategy.NO_SHARD, 1), (HandleShardingStrategy.FULL_SHARD, 0)]
+)
+def test_without_shards_the_copy_on_the_gpu_is_never_freed(one_process, monkeypatch, strategy, held):
+    """A second copy on the CPU stands for the GPU's. A forward pass is over, and the module's view holds it still."""
+    monkeypatch.setattr("torch.distributed.fsdp._flat_param._no_dispatch_record_stream", lambda *_: None)
+    spare_host_memory()
+    module = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    handle = handle_of(module, strategy)
+    handle._device_handle = torch.cpu
+    flat = handle.flat_param
+    handle._training_state = HandleTrainingState.FORWARD
+    flat.data = flat.data.clone()  # what `pre_unshard` does on a GPU
+    handle.unshard()
+    handle.post_unshard()
+    assert module.weight.untyped_storage().data_ptr() != flat._local_shard.untyped_storage().data_ptr()
+    handle.reshard(handle.uses_sharded_strategy)  # frees what was gathered, if something was
+    handle.post_reshard()
+    assert flat.untyped_storage().data_ptr() == flat._local_shard.untyped_storage().data_ptr()  # the host's
+    assert module.weight.untyped_storage().nbytes() == held * 64 * 64 * 4
 
 
 def offloaded(values: torch.Tensor) -> nn.Parameter:
