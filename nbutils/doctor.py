@@ -227,7 +227,10 @@ def _check_bf16(capabilities: list[float | None]) -> Check:
 def _check_gpu_memory(model: Model, gpus: int, smallest: float | None) -> Check:
     plain, offloaded = gpu_gib(model, gpus, False), gpu_gib(model, gpus, True)
     size = "unknown" if smallest is None else f"{smallest:.1f} GiB"
-    found = f"{size}; needs {plain:.1f}, or {offloaded:.1f} with offload (predicted)"
+    if offloaded < plain:
+        found = f"{size}; needs {plain:.1f}, or {offloaded:.1f} with offload (predicted)"
+    else:  # one rank of FSDP 1 keeps the whole model on the GPU, offload or not
+        found = f"{size}; needs {plain:.1f} (predicted)"
     if smallest is None:
         mend = "nvidia-smi does not tell it here. A GPU that shares the host's memory has what the host can spare."
         return Check("GPU memory", found, WARN, mend)

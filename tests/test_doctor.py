@@ -164,7 +164,7 @@ def test_what_nvidia_smi_does_not_tell_is_said_to_be_unknown(nvidia_smi, capsys)
     doctor.main(["--model", "llama31_8b"])
     table = capsys.readouterr().out
     assert "1 x NVIDIA GB10, memory unknown" in table
-    assert re.search(r"WARN GPU memory +unknown; needs [\d.]+, or", table)
+    assert re.search(r"WARN GPU memory +unknown; needs [\d.]+ \(predicted\)", table)
     assert re.search(r"OK +bf16 +supported", table)
     nvidia_smi("NVIDIA H100, [Insufficient Permissions], [N/A], GPU-aa00")
     assert verdicts(BIG, doctor.find_gpus()) == {"GPUs": WARN, "bf16": WARN, "GPU memory": WARN}
