@@ -145,6 +145,7 @@ def _said(cell: nbformat.NotebookNode) -> str:
         parts += [
             output.get("text", ""),
             data.get("text/plain", ""),
+            data.get("text/markdown", ""),
             *(f"<{k}>" for k in data if k.startswith("image/")),
         ]
     return "\n".join(part.rstrip("\n") for part in parts if part)

@@ -135,6 +135,15 @@ def test_an_output_that_says_something_else_is_found(old, new):
     assert len(reading.compare(notebook_that_said(printed(old)), notebook_that_said(printed(new)))) == 1
 
 
+def test_a_table_in_markdown_is_compared():
+    def shown(text):
+        data = {"text/plain": "<IPython.core.display.Markdown object>", "text/markdown": text}
+        return notebook_that_said(new_output("display_data", data))
+
+    assert reading.compare(shown("| a | b |"), shown("| a | b |")) == []
+    assert len(reading.compare(shown("| a | b |"), shown("| a | b |\n| c | d |"))) == 1
+
+
 @pytest.mark.notebook
 def test_refreshing_writes_what_is_new_and_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "REFRESH_DIR", tmp_path / "run")
