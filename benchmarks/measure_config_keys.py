@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from nbutils import configs, rehearsal
+from nbutils.exact_gather import gather_as_bytes
 from nbutils.loading import load_nf4
 from nbutils.provenance import provenance
 
@@ -555,6 +556,7 @@ def variants(device: str) -> dict[str, dict]:
 
 def run_all(folder: Path, device: str, steps: int, save) -> dict:
     """All measurements; every rank must go through them in the same order. `save(results)` runs after each part."""
+    gather_as_bytes()  # as the training script: else FSDP 2 on GPUs computes with altered weights (notebook 02)
     files = {1: configs.RECIPE, 2: configs.RECIPE_FSDP2}
     usual = {"fsdp_offload_params": False}  # so that the other keys are seen alone
     if device == "cpu":

@@ -66,7 +66,9 @@ def _prepared(file: str | Path) -> tuple[dict[str, str], argparse.Namespace]:
     load_config_from_file(
         str(file)
     )  # unknown keys and missing files are refused here, with accelerate's message
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    # Told the number of threads, accelerate prints no advice about it here; it changes nothing of what is returned.
+    threads = ["--num_cpu_threads_per_process", "1"]
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), *threads, "script.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     if arguments.num_machines == 1:
         arguments.main_process_port = 0  # any free port: nothing will listen
@@ -109,7 +111,7 @@ def variant(file: str | Path, folder: str | Path, **changes: object) -> Path:
 
     Args:
         file: the YAML file to start from.
-        folder: where the copy goes.
+        folder: the copy goes into `variants` in it, which is made if missing.
         changes: new values; a key that begins with `fsdp_` belongs to `fsdp_config`.
 
     Returns:
@@ -119,6 +121,8 @@ def variant(file: str | Path, folder: str | Path, **changes: object) -> Path:
     for key, value in changes.items():
         place = content["fsdp_config"] if key.startswith("fsdp_") else content
         place[key] = value
+    folder = Path(folder) / "variants"
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".yaml", delete=False, encoding="utf-8") as copy:
         yaml.safe_dump(content, copy)
     return Path(copy.name)

@@ -148,7 +148,7 @@ TROUBLES = [
         "(FSDP 2 on GPUs begins with another loss than FSDP 1)",
         "torch 2.11, CUDA, two ranks; 2.13 has the same lines",
         "CUDA's copy in its gather writes every NaN as the same one, so packed values that look like NaN become other "
-        "weights. The test copies on a CPU as CUDA is reported to.",
+        "weights: recorded in gather_copy.json. The test's copy on a CPU does the same.",
         "`gather_as_bytes()` before training, as in the script, which also checks its first gather (notebook 02).",
         "tests/test_exact_gather.py::test_without_the_line_the_first_gather_ends_the_run",
         ("pytorch/pytorch#159333", "bitsandbytes-foundation/bitsandbytes#1945"),

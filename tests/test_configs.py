@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -210,3 +211,10 @@ def test_the_configs_are_plain_yaml_without_null():
     for file in FOLDER.glob("*.yaml"):
         assert None not in configs.flat_keys(file).values()
         assert yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def test_reading_a_config_prints_no_advice_on_a_machine_with_many_cores(monkeypatch, caplog):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16)
+    assert configs.launch_environment(REHEARSALS[RECIPE])["FSDP_VERSION"] == "1"
+    assert "num_cpu_threads_per_process" not in caplog.text

@@ -216,24 +216,45 @@ def test_the_readme_shows_what_was_recorded():
         assert line.endswith(f"| {rows} | {peak:.1f} GiB | {speed:,.0f} |"), line
 
 
-def test_the_readme_names_the_second_machine():
+def recorded(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["measured"]
+
+
+def test_the_readme_names_the_other_machines():
     text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
     said = re.search(
-        r"first two lines made ([\d,]+) and ([\d,]+) tokens/s.*?is ([\d.]+) to ([\d.]+) times", text
+        r"first two lines made ([\d,]+) and ([\d,]+) tokens/s .*? ([\d,]+) and ([\d,]+) \(`earlier/each_change/`\): "
+        r"so the second is ([\d.]+) to ([\d.]+) times",
+        text,
     ).groups()
     speeds = {
         folder: [
-            RUNS[f"{folder}70b_{name}"]["measured"]["tokens_per_second"]
+            recorded(f"{folder}70b_{name}")["tokens_per_second"]
             for name in ("fsdp1_offload_cap_b2_l2048", "fast_cap_b4_l2048")
         ]
-        for folder in ("", "each_change/")
+        for folder in ("", "each_change/", "earlier/each_change/")
     }
     ratios = sorted(fast / recipe for recipe, fast in speeds.values())
     assert said == tuple(
-        [f"{speed:,.0f}" for speed in speeds["each_change/"]] + [f"{ratio:.1f}" for ratio in ratios]
+        [f"{speed:,.0f}" for folder in ("each_change/", "earlier/each_change/") for speed in speeds[folder]]
+        + [f"{ratio:.1f}" for ratio in (ratios[0], ratios[-1])]
     )
     fewest = RUNS["70b_fewest_bytes_cap_b1_l1024"]["measured"]["gpu_peak_bytes"] / GIB
     assert f"70B trained in {fewest:.1f} GiB a GPU" in text
+
+
+def test_fsdp2_begins_with_the_loss_of_fsdp1_and_the_readme_says_what_it_was_before():
+    def before(name):
+        return recorded(name)["run"]["training"]["held_out_loss_before"]
+
+    exact = {
+        before(f"each_change/70b_{name}")
+        for name in ("fsdp1_offload_cap_b2_l2048", "fsdp2_offload_host_cap_b2_l2048", "fsdp2_b2_l2048")
+    }
+    assert len(exact) == 1
+    altered = before("earlier/each_change/70b_fsdp2_offload_host_cap_b2_l2048")
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
+    assert f"to the last digit, {exact.pop():.5f}; without it {altered:.5f}" in text
 
 
 def test_the_goals_fit_where_they_say():
