@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from nbutils.course import ROOT
 from nbutils.launch import LaunchFailed, launch
@@ -34,6 +35,22 @@ def train(folder, module=None, leave_out=""):
 def like_cuda(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests/ranks'}:{ROOT}")
     return "like_cuda"
+
+
+def test_the_copy_of_these_tests_changes_what_was_recorded_on_a_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/ranks")
+    import like_cuda
+
+    recorded = json.loads((ROOT / "benchmarks/results/gather_copy.json").read_text())
+    seen = recorded["devices"]["cuda"]["torch._foreach_copy_ of bf16"]["every_pattern"]
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    copy = torch.empty_like(every)
+    like_cuda.as_numbers([copy], [every])
+    changed = {
+        f"{name}_changed": (copy.view(dtype) != every.view(dtype)).sum().item()
+        for name, dtype in (("patterns", torch.int16), ("bytes", torch.uint8))
+    }
+    assert changed == {name: seen[name] for name in changed}
 
 
 @pytest.mark.launch
