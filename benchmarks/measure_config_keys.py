@@ -303,7 +303,7 @@ def measure(
     optimizer.step()
     states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim() > 0]
     result["optimizer_bytes"] = sum(getattr(v, "_local_tensor", v).nbytes for v in states)
-    result["events"] = watch.events
+    result["events"] = list(watch.events)  # of this step; the timed steps below are watched too
     result["moved"] = moved(watch.events)
     result["gathers"] = {
         "count": sum(event[0] == "gather" for event in watch.events),

@@ -32,6 +32,7 @@ STACK = (
     "papermill",
     "nbclient",
 )
+RECORDED_ON_GPUS = {"torch": "2.11.0"}  # benchmarks/results; the lock's version was run on CPUs only
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
 
 
@@ -60,7 +61,7 @@ def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
     ranks = processes or len(gpus) or 2
     return [
         check_python(sys.version_info[:2]),
-        *check_packages(locked_versions(), installed_versions()),
+        *check_packages(locked_versions(), installed_versions(), bool(gpus)),
         *check_gpus(sizes, gpus),
         check_host_memory(sizes, ranks, psutil.virtual_memory().total / GIB),
         check_disk(sizes, hub_cache()),
@@ -97,13 +98,26 @@ def installed_versions() -> dict[str, str | None]:
     return found
 
 
-def check_packages(locked: dict[str, str], found: dict[str, str | None]) -> list[Check]:
-    """The stack beside the lock: a missing package fails, another version warns."""
+def check_packages(
+    locked: dict[str, str], found: dict[str, str | None], on_gpus: bool = False
+) -> list[Check]:
+    """The stack beside the lock, on GPUs beside the records too: a missing package fails, another version warns."""
     checks = []
     for name, installed in found.items():
-        wanted = locked.get(name, "")
+        wanted, recorded = locked.get(name, ""), RECORDED_ON_GPUS.get(name) if on_gpus else None
         if installed is None:
             checks.append(Check(name, "not installed", FAIL, f"pip install {name}=={wanted}"))
+        elif recorded:
+            told = (
+                "as in all records on GPUs" if installed == recorded else f"on GPUs only {recorded} was run"
+            )
+            verdict = OK if installed in (wanted, recorded) else WARN
+            mend = (
+                ""
+                if verdict == OK
+                else f"The course was tested with {wanted} on CPUs and {recorded} on GPUs."
+            )
+            checks.append(Check(name, f"{installed}; {told}", verdict, mend))
         elif installed != wanted:
             mend = f"The course was tested with {wanted}: pip install {name}=={wanted}"
             checks.append(Check(name, installed, WARN, mend))

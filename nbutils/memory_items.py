@@ -226,6 +226,8 @@ def _fsdp1(sizes: _Sizes, setup: Setup) -> dict[str, dict[str, int]]:
                 "last norm": sizes.final_norm,
             }
         )
+    if sizes.on_host:
+        moments["loss"] = resident | sizes.loss()
     return moments
 
 

@@ -34,6 +34,21 @@ def test_packages_are_held_against_the_lock():
     assert "trl==1.16.0" in checks[2].mend
 
 
+def test_on_gpus_the_torch_of_the_records_is_good_and_the_locks_torch_is_said_to_be_untried_there():
+    records = [json.loads(file.read_text()) for file in (ROOT / "benchmarks/results").glob("*.json")]
+    records = [
+        record for record in records if isinstance(record["machine"], dict) and record["machine"]["gpus"]
+    ]
+    assert {record["versions"]["torch"] for record in records} == {doctor.RECORDED_ON_GPUS["torch"]}
+    locked = doctor.locked_versions()
+    checks = {
+        version: doctor.check_packages(locked, {"torch": version}, on_gpus=True)[0]
+        for version in ("2.11.0", locked["torch"], "2.12.0")
+    }
+    assert [check.verdict for check in checks.values()] == [OK, OK, WARN]
+    assert checks[locked["torch"]].found == f"{locked['torch']}; on GPUs only 2.11.0 was run"
+
+
 def test_the_lock_names_every_package_of_the_stack():
     assert set(doctor.STACK) <= doctor.locked_versions().keys()
 

@@ -13,7 +13,7 @@ from nbutils.course import ROOT
 from nbutils.course_map import LESSONS
 
 START, KEYS = ROOT / "notebooks/00_start_here.ipynb", ROOT / "notebooks/01_fsdp_config_choices.ipynb"
-PARTS = ("**Question.**", "**Measurement.**", "**Change it when**")
+PARTS = ("**Question.**", "**Measurement.**", "**Change it")
 
 
 def sections() -> dict[tuple[str, ...], list]:
