@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
+from nbutils import host_memory
 from nbutils.memory_items import GIB
 from nbutils.needs import MODELS, Model, gpu_gib, host_gib
 
@@ -63,7 +62,7 @@ def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
         check_python(sys.version_info[:2]),
         *check_packages(locked_versions(), installed_versions(), bool(gpus)),
         *check_gpus(sizes, gpus),
-        check_host_memory(sizes, ranks, psutil.virtual_memory().total / GIB),
+        check_host_memory(sizes, ranks, host_memory.total() / GIB),
         check_disk(sizes, hub_cache()),
         check_shared_memory(ranks, Path("/dev/shm")),
         check_token(sizes),
@@ -108,22 +107,22 @@ def check_packages(
         if installed is None:
             checks.append(Check(name, "not installed", FAIL, f"pip install {name}=={wanted}"))
         elif recorded:
-            told = (
-                "as in all records on GPUs" if installed == recorded else f"on GPUs only {recorded} was run"
-            )
-            verdict = OK if installed in (wanted, recorded) else WARN
-            mend = (
-                ""
-                if verdict == OK
-                else f"The course was tested with {wanted} on CPUs and {recorded} on GPUs."
-            )
-            checks.append(Check(name, f"{installed}; {told}", verdict, mend))
+            checks.append(_check_on_gpus(name, installed, wanted, recorded))
         elif installed != wanted:
             mend = f"The course was tested with {wanted}: pip install {name}=={wanted}"
             checks.append(Check(name, installed, WARN, mend))
         else:
             checks.append(Check(name, installed))
     return checks
+
+
+def _check_on_gpus(name: str, installed: str, wanted: str, recorded: str) -> Check:
+    if installed == recorded:
+        return Check(name, f"{installed}; as in all records on GPUs")
+    found = f"{installed}; on GPUs only {recorded} was run"
+    if installed == wanted:
+        return Check(name, found)
+    return Check(name, found, WARN, f"The course was tested with {wanted} on CPUs and {recorded} on GPUs.")
 
 
 # ---------------------------------------------------------------- GPUs
@@ -217,8 +216,12 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
     smallest = None if None in sizes else min(sizes)
     size = "memory unknown" if smallest is None else f"{smallest:.1f} GiB"
     checks = [Check("GPUs", f"{len(gpus)} x {gpus[0]['name']}, {size}")]
-    if len(gpus) == 1 and model.gpu_needed:
+    if len(gpus) == 1:
         checks[0].verdict, checks[0].mend = WARN, "FSDP shards over two or more GPUs; one needs no FSDP."
+        if not model.gpu_needed:
+            checks[
+                0
+            ].mend = "The course shards over two. Rehearse it on the CPU: CUDA_VISIBLE_DEVICES= make tutorial"
     checks.append(_check_bf16([gpu["capability"] for gpu in gpus]))
     if len(gpus) > 1:
         checks.append(Check("GPU link", how_linked(gpus[0]["index"], gpus[1]["index"])))
@@ -284,10 +287,15 @@ def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
     )
 
 
+def hub_home() -> Path:
+    """The folder of the hub's client, as huggingface_hub.constants finds it; importing that would take a second."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    return Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser()
+
+
 def hub_cache() -> Path:
     """The folder into which models are downloaded, or its nearest existing parent."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    folder = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    folder = Path(os.environ.get("HF_HUB_CACHE", hub_home() / "hub")).expanduser()
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -315,8 +323,7 @@ def check_shared_memory(ranks: int, folder: Path) -> Check:
 
 def check_token(model: Model) -> Check:
     """Whether a hub token is there; its value is never read into the table."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    file = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
+    file = Path(os.environ.get("HF_TOKEN_PATH", hub_home() / "token")).expanduser()
     present = bool(os.environ.get("HF_TOKEN")) or file.is_file()
     if present:
         return Check("hub token", "present")

@@ -23,7 +23,15 @@ NAME = "fsdp-qlora-workshop"
 # What a participant needs beside the notebooks. The tests and the teacher's notes stay here.
 HANDED_OUT = [
     *("Makefile", "pyproject.toml", "requirements.lock", "environment.yml", "README.md", "LICENSE"),
-    *("nbutils", "configs", "data", "benchmarks", "docs/workshop.md"),
+    *(
+        "nbutils",
+        "configs",
+        "data",
+        "benchmarks",
+        "docs/workshop.md",
+        "docs/troubleshooting.md",
+        "docs/speed_log.md",
+    ),
 ]
 START = """\
 This is the student edition of the workshop. Two commands, on Linux with Python 3.11 to 3.13, make and pip:
@@ -34,6 +42,8 @@ This is the student edition of the workshop. Two commands, on Linux with Python 
 Begin with 00_start_here. Each exercise is a cell that raises NotImplementedError: put your answer where the `...`
 stands, delete the line that raises, and run the cell. Its checker prints yours beside expected. `make tutorial` stops
 at the first exercise that you have not solved.
+
+The README is that of the whole repository: `make test` and `make workshop` work there, and not in this archive.
 """
 
 
@@ -110,7 +120,14 @@ def teachers_notes(path: Path = NOTES) -> dict[str, str]:
 
     Args:
         path: a file with a section `## NN_name` for each notebook.
+
+    Raises:
+        BadMaster: there is no such file.
     """
+    if not path.is_file():
+        raise BadMaster(
+            f"There is no {path.name}: the archive of a workshop has none, so make it in a whole clone."
+        )
     pieces = re.split(r"^## (\d\d_\w+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2])}
 
@@ -150,9 +167,12 @@ def pack(archive: Path, notebooks: Path) -> None:
         BadMaster: this is no clone, so nothing says which files belong to the course.
     """
     words = ["git", "-C", str(ROOT), "ls-files", "-z", "--", *HANDED_OUT]
-    listed = subprocess.run(words, capture_output=True, text=True)
-    if listed.returncode:
-        raise BadMaster("The archive is made of the files that git tracks, and this folder is no clone.")
+    try:
+        listed = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise BadMaster(
+            "The archive is made of the files that git tracks; this folder is no clone, or git is not installed."
+        ) from None
     files = {name: (ROOT / name).read_bytes() for name in listed.stdout.split("\0") if name}
     files |= {f"notebooks/{path.name}": path.read_bytes() for path in notebooks.glob("*.ipynb")}
     files["START.txt"] = START.encode()

@@ -23,7 +23,7 @@ __all__ = [
     "what_to_change",
 ]
 
-OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on two H200s: 2.18 to 2.26
+OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on H200s: 1.3 to 2.3
 # What a card of a nominal size shows to programs, in GiB, as nvidia-smi tells its total.
 CARDS = {16: 15.6, 24: 23.6, 40: 39.4, 48: 47.4, 80: 79.1, 141: 139.8}
 

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from nbutils import host_memory
 from nbutils.checkpoint import Checkpoint
 from nbutils.checkpoints import in_step
 from nbutils.compiling import refuse_fsdp1
@@ -221,7 +221,7 @@ def _refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: boo
         needed += nf4_copy_bytes(shape)
     if not torch.cuda.is_available():
         needed += planned.gpu_peak_bytes  # in a rehearsal, this is host memory too
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    free = host_memory.available()
     if here * needed > free:
         raise Refused(
             f"{here} processes need about {here * needed / GIB:.1f} GiB of host memory on this machine (planned), and "

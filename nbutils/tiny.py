@@ -75,7 +75,7 @@ def tiny_config() -> LlamaConfig:
 def tiny_base(cache: Path = CACHE) -> Path:
     """Return the folder of the tiny base, and make it first if it is not there.
 
-    The folder's name carries a digest of this file, the prose and the library versions: change one and a new base is
+    The folder's name carries a digest of this file, the prose and the version of torch: change one and a new base is
     made.
 
     Args:

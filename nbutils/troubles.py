@@ -79,8 +79,8 @@ TROUBLES = [
     ),
     # ---- model and data
     Trouble(
-        "GatedRepoError",
-        "huggingface_hub 2.4",
+        "... is behind a licence",
+        "nbutils, for GatedRepoError of huggingface_hub 2.4",
         "The model is behind a licence, and your account has not accepted it or is not logged in.",
         "Accept it on the model's page, then `hf auth login`.",
         "tests/test_bad_input.py::test_bad_input_is_refused_before_a_weight_is_read",
