@@ -265,6 +265,12 @@ def output_is_a_file(case):
     case.settings["output_dir"] = str(case.folder / "file")
 
 
+def long_questions_held_out(case):
+    row = {"prompt": "What is a shard? " * 300, "completion": "A slice."}
+    (case.folder / "heldout.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    case.settings["heldout_dataset"] = str(case.folder / "heldout.jsonl")
+
+
 def pipe(case):
     os.mkfifo(case.folder / "rows.jsonl")
     case.settings["dataset"] = str(case.folder / "rows.jsonl")
@@ -374,6 +380,10 @@ CASES = {
     "no row keeps its answer": (
         settings(max_length=8),
         r"Every one of the \d+ rows is longer than max_length, 8 tokens",
+    ),
+    "no held-out row keeps its answer": (
+        long_questions_held_out,
+        r"Every one of the 2 held-out rows is longer than max_length, 256 tokens, .* no held-out loss",
     ),
     # machine
     "another run": (another_run, r"holds checkpoint-50 of an earlier run\. Go on from it with --resume true"),

@@ -214,6 +214,20 @@ def test_saving_with_the_plain_trainer_call_is_noticed(tmp_path):
             assert_whole(output / "adapter")
 
 
+def test_an_evaluation_that_fails_at_the_end_loses_no_adapter(tmp_path):
+    """Held-out rows without an answer are refused at the start; here that refusal is taken out."""
+    row = {"prompt": "What is a shard? " * 100, "completion": "A slice."}
+    (tmp_path / "heldout.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    with pytest.raises(LaunchFailed, match="The evaluation of 0 held-out rows gave no loss; wanted"):
+        train(
+            tmp_path,
+            script=edited(("    refuse_rows(train, heldout, tokenizer, training)\n", "")),
+            heldout_dataset=str(tmp_path / "heldout.jsonl"),
+            max_steps=2,
+        )
+    assert_whole(tmp_path / "out/adapter")
+
+
 def test_a_rehearsal_leaves_its_process_group_before_it_ends(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
