@@ -145,7 +145,12 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
             f"activation_checkpointing_kwargs is {training.activation_checkpointing_kwargs!r}; wanted a mapping with "
             "use_reentrant, as in {use_reentrant: false}. Leave the setting out to get it."
         )
-    if 0 < training.max_steps < training.logging_steps:
+    if training.logging_strategy == "no":
+        raise Refused(
+            "logging_strategy is no: no loss would ever be logged. Set it to steps, and logging_steps to 1."
+        )
+    by_steps = training.logging_strategy == "steps" and not training.logging_first_step
+    if by_steps and 0 < training.max_steps < training.logging_steps:
         raise Refused(
             f"logging_steps is {training.logging_steps:g} and max_steps {training.max_steps}: no loss would ever be "
             "logged. Set logging_steps to 1."
