@@ -113,16 +113,20 @@ def _refuse_bad_counts(file, content: dict, num_processes: int | None, gpus: int
         raise BadConfig(
             f"{file}: {machines} machines, and no main_process_ip. Give the address of machine 0, which all can reach."
         )
-    if gpus is not None and not content.get("use_cpu") and ranks // machines > gpus:
+    here = ranks // machines
+    if gpus is not None and not content.get("use_cpu") and here > gpus:
         raise BadConfig(
-            f"{file} asks for {ranks // machines} processes on this machine, one a GPU, and it shows {gpus} GPUs. "
-            + (
-                f"Set num_processes to {gpus * machines}"
-                if gpus
-                else "Launch the rehearsal: -m nbutils.rehearsal"
-            )
-            + ", or look at CUDA_VISIBLE_DEVICES."
+            f"{file} asks for {here} processes on this machine, one a GPU, and it shows {gpus} "
+            f"GPU{'s' * (gpus != 1)}. {_way_out(gpus, machines)}"
         )
+
+
+def _way_out(gpus: int, machines: int) -> str:
+    if not gpus:
+        return "Launch the rehearsal: -m nbutils.rehearsal, or look at CUDA_VISIBLE_DEVICES."
+    fewer = f"Set num_processes to {gpus * machines}, or look at CUDA_VISIBLE_DEVICES."
+    rehearse = " The course on CPU processes instead: CUDA_VISIBLE_DEVICES= make tutorial"
+    return fewer + rehearse * (gpus == 1)
 
 
 def _refuse_keys_of_the_other_fsdp(file, keys: dict) -> None:

@@ -71,6 +71,11 @@ CONFIGS = {
         {},
         r"asks for 2 processes on this machine, one a GPU, and it shows 0 GPUs",
     ),
+    "more processes than one GPU": (
+        RECIPE,
+        {},
+        r"one a GPU, and it shows 1 GPU\. Set num_processes to 1, .*: CUDA_VISIBLE_DEVICES= make tutorial$",
+    ),
     "hybrid, one rank a machine": (
         HYBRID,
         {"num_processes": 2},
@@ -122,7 +127,11 @@ CONFIGS = {
     "no processes": (RECIPE, {"num_processes": 0}, r"num_processes is 0, .*wanted whole numbers from 1"),
 }
 
-GPUS = {"more processes than GPUs": 0, "hybrid on two of four GPUs": 4}  # a rehearsal does not ask
+GPUS = {
+    "more processes than GPUs": 0,
+    "more processes than one GPU": 1,
+    "hybrid on two of four GPUs": 4,
+}  # a rehearsal does not ask
 
 
 @pytest.mark.parametrize("cause", CONFIGS)
