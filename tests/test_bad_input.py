@@ -142,6 +142,12 @@ def test_a_bad_config_is_refused(cause, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("asked", [0, -1])
+def test_a_number_of_processes_that_cannot_be_is_refused_whatever_the_file_says(asked):
+    with pytest.raises(BadConfig, match=f"num_processes is {asked}, .*wanted whole numbers from 1"):
+        refuse_bad_config(ROOT / RECIPE, num_processes=asked)
+
+
 def test_a_file_that_is_no_config(tmp_path):
     for text, words in {
         "a: [": "cannot be read as YAML",
