@@ -99,7 +99,7 @@ def _refuse_unknown_keys(file, content: dict) -> None:
 
 
 def _refuse_bad_counts(file, content: dict, num_processes: int | None, gpus: int | None) -> None:
-    ranks, machines = num_processes or content.get("num_processes", 1), content.get("num_machines", 1)
+    ranks, machines = _ranks(content, num_processes), content.get("num_machines", 1)
     if not isinstance(ranks, int) or not isinstance(machines, int) or ranks < 1 or machines < 1:
         raise BadConfig(
             f"{file}: num_processes is {ranks!r}, num_machines {machines!r}; wanted whole numbers from 1."
@@ -113,16 +113,25 @@ def _refuse_bad_counts(file, content: dict, num_processes: int | None, gpus: int
         raise BadConfig(
             f"{file}: {machines} machines, and no main_process_ip. Give the address of machine 0, which all can reach."
         )
-    if gpus is not None and not content.get("use_cpu") and ranks // machines > gpus:
+    here = ranks // machines
+    if gpus is not None and not content.get("use_cpu") and here > gpus:
         raise BadConfig(
-            f"{file} asks for {ranks // machines} processes on this machine, one a GPU, and it shows {gpus} GPUs. "
-            + (
-                f"Set num_processes to {gpus * machines}"
-                if gpus
-                else "Launch the rehearsal: -m nbutils.rehearsal"
-            )
-            + ", or look at CUDA_VISIBLE_DEVICES."
+            f"{file} asks for {here} processes on this machine, one a GPU, and it shows {gpus} "
+            f"GPU{'s' * (gpus != 1)}. {_way_out(gpus, machines)}"
         )
+
+
+def _ranks(content: dict, num_processes: int | None):
+    """Over all machines: what is asked for, a 0 too, else what the file says."""
+    return content.get("num_processes", 1) if num_processes is None else num_processes
+
+
+def _way_out(gpus: int, machines: int) -> str:
+    if not gpus:
+        return "Launch the rehearsal: -m nbutils.rehearsal, or look at CUDA_VISIBLE_DEVICES."
+    fewer = f"Set num_processes to {gpus * machines}, or look at CUDA_VISIBLE_DEVICES."
+    rehearse = " The course on CPU processes instead: CUDA_VISIBLE_DEVICES= make tutorial"
+    return fewer + rehearse * (gpus == 1)
 
 
 def _refuse_keys_of_the_other_fsdp(file, keys: dict) -> None:
@@ -138,7 +147,7 @@ def _refuse_keys_of_the_other_fsdp(file, keys: dict) -> None:
 
 
 def _refuse_hybrid_of_other_groups(file, content: dict, num_processes: int | None, gpus: int | None) -> None:
-    ranks = (num_processes or content.get("num_processes", 1)) // content.get("num_machines", 1)
+    ranks = _ranks(content, num_processes) // content.get("num_machines", 1)
     on_cpus = gpus is None or content.get("use_cpu")  # a rehearsal counts a device for each rank
     strategy = content["fsdp_config"].get("fsdp_sharding_strategy")
     if fault := hybrid_fault(strategy, ranks, ranks if on_cpus else gpus):

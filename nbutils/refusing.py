@@ -58,38 +58,51 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
     _together(lambda: _refuse_model(recipe, training))
 
 
-def refuse_rows(train: Dataset, tokenizer: PreTrainedTokenizerBase, training: SFTConfig) -> None:
-    """Refuse a set in which no row would keep an answer, and say how many rows teach nothing.
+def refuse_rows(
+    train: Dataset, heldout: Dataset, tokenizer: PreTrainedTokenizerBase, training: SFTConfig
+) -> None:
+    """Refuse a set in which no row would keep an answer, and say how many rows are left out.
 
     What is longer than `max_length` is cut. A row whose question alone fills it keeps no token of its answer.
 
     Args:
         train: from `train_and_heldout`.
+        heldout: the other one; without a row in it there is no held-out loss.
         tokenizer: of the model.
         training: the script's `TrainingArguments`.
 
     Raises:
-        Refused: no row keeps an answer.
+        Refused: no row of one of them keeps an answer.
     """
-    if "prompt" not in train.column_names or training.max_length is None:
+    for rows, called, lost in (
+        (train, "rows", "nothing would be learned. Raise max_length."),
+        (heldout, "held-out rows", "there would be no held-out loss. Raise max_length, or name other rows."),
+    ):
+        _refuse_rows(rows, called, lost, tokenizer, training.max_length)
+
+
+def _refuse_rows(
+    rows: Dataset, called: str, lost: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> None:
+    if "prompt" not in rows.column_names or max_length is None:
         return
     full, first = 0, None
-    for number, row in enumerate(train, start=1):
+    for number, row in enumerate(rows, start=1):
         # A token stands for at least one byte: a short question need not be counted.
-        if sum(len(turn["content"].encode()) + 32 for turn in row["prompt"]) < training.max_length:
+        if sum(len(turn["content"].encode()) + 32 for turn in row["prompt"]) < max_length:
             continue
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        if len(ids) >= training.max_length:
+        if len(ids) >= max_length:
             full, first = full + 1, first or f"row {number} has {len(ids)} tokens before its answer"
-    if full == len(train):
+    if full == len(rows):
         raise Refused(
-            f"Every one of the {full} rows is longer than max_length, {training.max_length} tokens, before its answer "
-            f"begins ({first}): nothing would be learned. Raise max_length."
+            f"Every one of the {full} {called} is longer than max_length, {max_length} tokens, before its answer "
+            f"begins ({first}): {lost}"
         )
     if full and rank() == 0:
         print(
-            f"{full} of {len(train)} rows keep no token of their answer within max_length {training.max_length} "
-            f"({first}). They are left out; raise max_length to learn from them.",
+            f"{full} of {len(rows)} {called} keep no token of their answer within max_length {max_length} "
+            f"({first}). They are left out; raise max_length to keep them.",
             flush=True,
         )
 
@@ -132,7 +145,12 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
             f"activation_checkpointing_kwargs is {training.activation_checkpointing_kwargs!r}; wanted a mapping with "
             "use_reentrant, as in {use_reentrant: false}. Leave the setting out to get it."
         )
-    if 0 < training.max_steps < training.logging_steps:
+    if training.logging_strategy == "no":
+        raise Refused(
+            "logging_strategy is no: no loss would ever be logged. Set it to steps, and logging_steps to 1."
+        )
+    by_steps = training.logging_strategy == "steps" and not training.logging_first_step
+    if by_steps and 0 < training.max_steps < training.logging_steps:
         raise Refused(
             f"logging_steps is {training.logging_steps:g} and max_steps {training.max_steps}: no loss would ever be "
             "logged. Set logging_steps to 1."

@@ -57,10 +57,21 @@ class ResumableTrainer(SFTTrainer):
         """The held-out loss of the model as it is now, in nats a token. Every rank must call it.
 
         The Trainer evaluates after the last step by itself, if `eval_strategy` is steps: that is not done twice.
+
+        Raises:
+            ValueError: the evaluation gave no loss: no held-out row was left, or none keeps a token to learn from.
         """
-        if self._evaluated is None or self._evaluated[0] != self.state.global_step:
+        if not self._evaluated_now():
             self.evaluate()
+        if not self._evaluated_now():
+            raise ValueError(
+                f"The evaluation of {len(self.eval_dataset)} held-out rows gave no loss; wanted at least one row that "
+                "keeps a token of its answer within max_length. Raise max_length, or name another held-out set."
+            )
         return self._evaluated[1]
+
+    def _evaluated_now(self) -> bool:
+        return self._evaluated is not None and self._evaluated[0] == self.state.global_step
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

@@ -28,6 +28,7 @@ from processes import ranks_of
 from recording import record
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
+from trl import SFTConfig
 
 from nbutils import refusing
 from nbutils.chat import PAD_CANDIDATES
@@ -69,6 +70,11 @@ CONFIGS = {
         RECIPE,
         {},
         r"asks for 2 processes on this machine, one a GPU, and it shows 0 GPUs",
+    ),
+    "more processes than one GPU": (
+        RECIPE,
+        {},
+        r"one a GPU, and it shows 1 GPU\. Set num_processes to 1, .*: CUDA_VISIBLE_DEVICES= make tutorial$",
     ),
     "hybrid, one rank a machine": (
         HYBRID,
@@ -121,7 +127,11 @@ CONFIGS = {
     "no processes": (RECIPE, {"num_processes": 0}, r"num_processes is 0, .*wanted whole numbers from 1"),
 }
 
-GPUS = {"more processes than GPUs": 0, "hybrid on two of four GPUs": 4}  # a rehearsal does not ask
+GPUS = {
+    "more processes than GPUs": 0,
+    "more processes than one GPU": 1,
+    "hybrid on two of four GPUs": 4,
+}  # a rehearsal does not ask
 
 
 @pytest.mark.parametrize("cause", CONFIGS)
@@ -130,6 +140,12 @@ def test_a_bad_config_is_refused(cause, tmp_path):
     with pytest.raises(BadConfig, match=words) as refused:
         refuse_bad_config(variant(ROOT / file, tmp_path, **changes), gpus=GPUS.get(cause))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("asked", [0, -1])
+def test_a_number_of_processes_that_cannot_be_is_refused_whatever_the_file_says(asked):
+    with pytest.raises(BadConfig, match=f"num_processes is {asked}, .*wanted whole numbers from 1"):
+        refuse_bad_config(ROOT / RECIPE, num_processes=asked)
 
 
 def test_a_file_that_is_no_config(tmp_path):
@@ -265,6 +281,12 @@ def output_is_a_file(case):
     case.settings["output_dir"] = str(case.folder / "file")
 
 
+def long_questions_held_out(case):
+    row = {"prompt": "What is a shard? " * 300, "completion": "A slice."}
+    (case.folder / "heldout.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    case.settings["heldout_dataset"] = str(case.folder / "heldout.jsonl")
+
+
 def pipe(case):
     os.mkfifo(case.folder / "rows.jsonl")
     case.settings["dataset"] = str(case.folder / "rows.jsonl")
@@ -300,6 +322,10 @@ CASES = {
         r"use_reentrant: false",
     ),
     "a log that never comes": (settings(logging_steps=10), r"logging_steps is 10 and max_steps 2: no loss"),
+    "no log at all": (
+        settings(logging_strategy="no"),
+        r"logging_strategy is no: no loss would ever be logged",
+    ),
     "checkpoints of another kind": (
         settings(
             load_best_model_at_end=True,
@@ -374,6 +400,10 @@ CASES = {
     "no row keeps its answer": (
         settings(max_length=8),
         r"Every one of the \d+ rows is longer than max_length, 8 tokens",
+    ),
+    "no held-out row keeps its answer": (
+        long_questions_held_out,
+        r"Every one of the 2 held-out rows is longer than max_length, 256 tokens, .* no held-out loss",
     ),
     # machine
     "another run": (another_run, r"holds checkpoint-50 of an earlier run\. Go on from it with --resume true"),
@@ -736,6 +766,7 @@ def accepted(tmp_path_factory, hub):
         told.pop("pad_token", None)
         (folder / "nf4" / name).write_text(json.dumps(told))
     (folder / "nf4/chat_template.jinja").unlink(missing_ok=True)
+    (folder / "four.jsonl").write_text(GOOD * 4)
     case = Case(folder / "untested")
     case.installed("peft", "0.21.99")
     told = {**SETTINGS, "max_steps": 1, "max_length": 64}
@@ -754,6 +785,18 @@ def accepted(tmp_path_factory, hub):
             "world": 1,
             "path": case.path,
             "args": words(told, model=tiny_base(), output_dir=case.folder / "new"),
+        },
+        {
+            "name": "short",
+            "out": "short",
+            "fsdp": 1,
+            "world": 1,
+            "args": words(
+                {**told, "max_steps": -1, "num_train_epochs": 1, "logging_steps": 500},
+                model=tiny_base(),
+                dataset=folder / "four.jsonl",
+                output_dir=folder / "short",
+            ),
         },
         {
             "name": "shared",
@@ -792,6 +835,23 @@ def test_rows_without_room_for_an_answer_are_counted(accepted):
     assert re.search(
         r"\d+ of 356 rows keep no token of their answer within max_length 64", accepted["uint8"]["output"][0]
     )
+
+
+def test_an_epoch_shorter_than_the_first_line_of_the_log_ends_without_a_training_loss(accepted):
+    assert accepted["short"]["status"] == [0], accepted["short"]["output"]
+    training = json.loads((accepted["folder"] / "short/run.json").read_text())["training"]
+    assert training["loss_first"] is None and training["loss_last"] is None
+    assert training["held_out_loss_after"] > 0
+
+
+@pytest.mark.parametrize(
+    "logs", [{"logging_strategy": "epoch"}, {"logging_first_step": True}, {"max_steps": -1}]
+)
+def test_what_logs_a_loss_in_another_way_is_not_refused_for_its_logging_steps(logs, tmp_path):
+    recipe = SimpleNamespace(lora_r=4, compile_layers=False, embeddings_on_host=False)
+    told = {"output_dir": str(tmp_path), "max_steps": 5, "logging_steps": 500, "bf16": False, "use_cpu": True}
+    kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    refusing._refuse_settings(recipe, SFTConfig(**told | kwargs | logs))
 
 
 def test_machines_that_share_the_output_folder_go_on_and_nothing_is_left_in_it(accepted):

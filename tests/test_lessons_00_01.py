@@ -100,15 +100,33 @@ def test_recorded_results_say_where_they_come_from(name, monkeypatch):
     assert "/" not in recorded.label(report)
 
 
+ONE_GPU = """\
+import os
+import torch
+torch.cuda.device_count = lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
+"""
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Lesson 01 executed once: (all printed text, the measurement of each rank)."""
+    """Lesson 01 executed once, with one rank asked for and as if its kernel saw one GPU.
+
+    All printed text, and the measurement of each rank.
+    """
     folder = tmp_path_factory.mktemp("lesson01")
+    lesson = nbformat.read(KEYS, as_version=4)
+    lesson.cells.insert(0, nbformat.v4.new_code_cell(ONE_GPU))
+    nbformat.write(lesson, folder / "lesson.ipynb")
     # A folder of no name that a machine could be known by, and below the root, as the runner's are.
     run_dir = ROOT / "runs" / "test_lesson01"
     done = folder / "done.ipynb"
     papermill.execute_notebook(
-        KEYS, done, {"run_dir": str(run_dir)}, cwd=str(ROOT), progress_bar=False, kernel_name="python3"
+        folder / "lesson.ipynb",
+        done,
+        {"run_dir": str(run_dir), "num_processes": 1},
+        cwd=str(ROOT),
+        progress_bar=False,
+        kernel_name="python3",
     )
     cells = nbformat.read(done, as_version=4).cells
     text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
@@ -123,6 +141,10 @@ class TestLesson01:
 
     def test_its_exercises_are_solved(self, executed):
         assert executed[0].count("  OK") >= 7
+
+    def test_it_measures_two_ranks_on_any_machine(self, executed):
+        assert len(executed[1]) == 2
+        assert "measured here: 2 ranks on cpu" in executed[0]
 
     def test_it_was_real_fsdp(self, executed):
         for variant in executed[1][0]["variants"].values():

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerState, TrainingArguments
 
 from nbutils.course import ROOT
 from nbutils.launch import LaunchFailed, choose_config, launch
@@ -172,6 +174,28 @@ def test_a_base_model_with_tied_embeddings_and_a_users_own_alpaca_file(tmp_path,
     assert saved.pad_token == "<|finetune_right_pad_id|>"
 
 
+# max_steps of the notebook, what it means, steps of the warm-up, steps between two evaluations
+@pytest.mark.parametrize("asked, steps, warmup, between", [(90, 90, 9, 30), (1, 1, 0, 1), (-1, 69, 7, 23)])
+def test_the_notebook_derives_warmup_and_evaluation_from_the_steps(asked, steps, warmup, between, tmp_path):
+    (cell,) = [
+        cell.source
+        for cell in nbformat.read(ROOT / "notebooks/04_write_and_launch.ipynb", as_version=4).cells
+        if "settings_path.write_text" in cell.source
+    ]
+    names = ("model_path", "dataset", "heldout_dataset", "goal", "report_to")
+    numbers = ("max_length", "batch_size", "learning_rate", "lora_r", "seed")
+    given = dict.fromkeys(names, "") | dict.fromkeys(numbers, 1) | {"max_steps": asked}
+    exec(cell, given | {"Path": Path, "run_dir": tmp_path, "train_dir": tmp_path})
+    told = yaml.safe_load((tmp_path / "train.yaml").read_text())
+    assert told["max_steps"] == asked
+    training = TrainingArguments(
+        str(tmp_path), use_cpu=True, warmup_steps=told["warmup_steps"], eval_steps=told["eval_steps"]
+    )
+    state = TrainerState(max_steps=steps)
+    state.compute_steps(training, steps)
+    assert (training.get_warmup_steps(steps), state.eval_steps) == (warmup, between)
+
+
 def test_with_the_cast_put_back_the_preflight_refuses(tmp_path):
     script = edited(
         ("prepare_for_fsdp_qlora(\n        model,", "prepare_model_for_kbit_training(\n        model,"),
@@ -212,6 +236,20 @@ def test_saving_with_the_plain_trainer_call_is_noticed(tmp_path):
     else:
         with pytest.raises((AssertionError, FileNotFoundError)):
             assert_whole(output / "adapter")
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_adapter(tmp_path):
+    """Held-out rows without an answer are refused at the start; here that refusal is taken out."""
+    row = {"prompt": "What is a shard? " * 100, "completion": "A slice."}
+    (tmp_path / "heldout.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    with pytest.raises(LaunchFailed, match="The evaluation of 0 held-out rows gave no loss; wanted"):
+        train(
+            tmp_path,
+            script=edited(("    refuse_rows(train, heldout, tokenizer, training)\n", "")),
+            heldout_dataset=str(tmp_path / "heldout.jsonl"),
+            max_steps=2,
+        )
+    assert_whole(tmp_path / "out/adapter")
 
 
 def test_a_rehearsal_leaves_its_process_group_before_it_ends(tmp_path):
