@@ -1,6 +1,6 @@
 """A dry run at full size, without a download: random weights of the real shapes, the real script, a few real steps.
 
-Run as: python -m nbutils.dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
+Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
 """
 
 import argparse
@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from nbutils.course import RUNS, go_to_root
+from nbutils.config_faults import refuse_bad_config
+from nbutils.course import RUNS, at_root, drop_noise, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
 from nbutils.memory import Plan, plan
 from nbutils.memory_items import GIB, LIBRARIES_CPU
@@ -35,8 +36,12 @@ REPLACED = ("train", "ranks", "train.yaml", "train.jsonl", "heldout.jsonl", "tra
 def main(arguments: list[str] | None = None) -> int:
     """Run one dry run and return 0 if it trained, 3 if it ran out of memory."""
     options = _parser().parse_args(arguments)
+    for name in ("config", "folder", "run_dir", "out"):
+        if typed := getattr(options, name):
+            setattr(options, name, at_root(typed))
+    model = options.model if options.model in SHAPES else str(at_root(options.model))
     go_to_root()
-    shape = shape_of(options.model)
+    shape = shape_of(model)
     if options.layers:
         shape = Shape(**{**vars(shape), "layers": options.layers})
     if options.prepare_only:
@@ -67,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nbutils.dryrun", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nbutils dryrun", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", default="llama31_70b", help=f"one of {', '.join(SHAPES)}, or a local config.json"
     )
@@ -146,12 +151,14 @@ def dry_run(
         The record; benchmarks/README.md names its keys. `outcome` is `ok`, `oom`, or `failed` with `error`.
 
     Raises:
+        BadConfig: there is no such config, or it would not start what was meant.
         FileExistsError: `run_dir` holds what a dry run would replace and did not write.
     """
     from nbutils.launch import choose_config
 
     config = Path(config) if config else choose_config()
     run_dir = Path(run_dir or RUNS / "dryrun" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"))
+    refuse_bad_config(config, world_size)
     _claim(run_dir)
     if changes:
         config = _changed(config, changes, run_dir)
@@ -241,7 +248,7 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
         maker.start()
         maker.join()
         if maker.exitcode:
-            raise RuntimeError(f"Making random weights in {target} failed; its message stands above.")
+            raise ChildProcessError(f"Making random weights in {target} failed; its message stands above.")
     return target
 
 
@@ -252,6 +259,7 @@ def _make_weights(shape: Shape, target: Path) -> None:
     from nbutils.quantise import write_nf4
     from nbutils.tiny import read_prose, train_tokenizer
 
+    drop_noise()
     started = time.monotonic()
     config = config_of(shape)
     model = empty_model(config, pre_quantised=False)
@@ -542,4 +550,6 @@ def describe(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from nbutils.__main__ import main as command_line
+
+    sys.exit(command_line(["dryrun", *sys.argv[1:]]))
