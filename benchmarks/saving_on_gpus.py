@@ -9,6 +9,7 @@ second time: the last checkpoint and the adapter are taken away, and the run res
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def run_case(model: str, file: str, changes: dict, more: dict, folder: Path) -> 
     }
 
 
-def main() -> None:
-    """Run all cases, keep what each gave or how it failed, and print a table."""
+def main() -> int:
+    """Run all cases, keep what each gave or how it failed, and print a table; return 1 if one failed."""
     parser = argparse.ArgumentParser(description="Save, verify and resume over NCCL.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--commit", required=True)
@@ -127,7 +128,8 @@ def main() -> None:
             case.get("error") or {k: v for k, v in case.items() if not isinstance(v, dict)},
             flush=True,
         )
+    return 1 if any("error" in case for case in result["cases"].values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,13 +5,41 @@ import math
 import sys
 from pathlib import Path
 
+from nbutils.course import RUNS, at_root, drop_noise, from_here
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status.
 
+    What is wrong with the input or with this machine's disk is said in a sentence, with status 1; a traceback is a bug.
+
     Args:
         arguments: as typed after `python -m nbutils`.
     """
+    drop_noise()
+    try:
+        return _command(arguments)
+    except (OSError, ValueError) as error:  # most of our own refusals are ValueErrors
+        said = _sentence(error)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("nbutils."):
+            raise
+        said = str(error)
+    print(f"\n{said}", file=sys.stderr)
+    return 1
+
+
+def _sentence(error: OSError | ValueError) -> str:
+    """What an error says; if it is the operating system's own, with the path and what to look at."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return (
+        f"{error.filename or 'A file'} cannot be read or written: {error.strerror}. "
+        "Look at the path, at your rights to it, and at the room on its disk."
+    )
+
+
+def _command(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nbutils", description="Run the course from a terminal.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -29,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--from", dest="begin", metavar="NN", help="go on from this notebook in the latest run")
     run.add_argument("--only", metavar="NN,NN", help="run only these notebooks")
     run.add_argument("--run-dir", default="", help="folder for the run, in place of runs/<time>")
-    run.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks")
+    run.add_argument("--notebooks", type=Path, help="folder of the notebooks, in place of the course's")
     run.add_argument(
         "--cell-timeout",
         type=int,
@@ -43,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     start.add_argument("--config_file", type=Path, help="for accelerate; left out: what fits this machine")
     start.add_argument("--num_processes", type=int, help="ranks; left out: what the config says")
-    start.add_argument("--log", type=Path, default=Path("runs/launch.log"), help="output of all ranks")
+    start.add_argument("--log", type=Path, default=from_here(RUNS / "launch.log"), help="output of all ranks")
     start.add_argument(
         "--timeout", type=float, default=math.inf, help="seconds after which all ranks are ended"
     )
@@ -59,11 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     workshop = commands.add_parser("workshop", help="make the student edition, the solutions and the archive")
-    workshop.add_argument("--out", type=Path, default=Path("workshop"), help="folder for them")
+    workshop.add_argument("--out", type=Path, default=from_here("workshop"), help="folder for them")
     workshop.add_argument("--prove", action="store_true", help="run the student edition out of the archive")
 
     site = commands.add_parser("site", help="write the whole series as HTML that needs no network")
-    site.add_argument("--out", type=Path, default=Path("site"), help="folder for it")
+    site.add_argument("--out", type=Path, default=from_here("site"), help="folder for it")
 
     merge = commands.add_parser("merge", help="merge an adapter into its bf16 base, one tensor at a time")
     merge.add_argument("base", help="folder or hub id of the unquantised base")
@@ -122,21 +150,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from nbutils.parameters import BadParameters
-    from nbutils.runner import SeriesFailed, run_series
+    from nbutils.runner import NOTEBOOKS, run_series
 
     try:
         run_series(
-            options.params,
-            dict(options.overrides),
+            at_root(options.params) if options.params else None,
+            {name: _value_at_root(text) for name, text in options.overrides},
             options.begin,
             options.only.split(",") if options.only else None,
-            options.run_dir,
-            options.notebooks,
+            at_root(options.run_dir) if options.run_dir else "",
+            at_root(options.notebooks) if options.notebooks else NOTEBOOKS,
             cell_timeout=options.cell_timeout,
         )
-    except (BadParameters, SeriesFailed) as error:
+    except BadParameters as error:
         print(f"\n{error}", file=sys.stderr)
-        return 2 if isinstance(error, BadParameters) else 1
+        return 2
     except KeyboardInterrupt:
         print(
             "\nInterrupted. Go on later from a notebook with: python -m nbutils run --from NN",
@@ -146,9 +174,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _value_at_root(text: str) -> str:
+    """A parameter that is plainly a path, as it must be called from the root; `owner/name` may be a hub id."""
+    return str(at_root(text)) if text.startswith("../") else text
+
+
 def _launch(options: argparse.Namespace) -> int:
-    from nbutils.download import CannotDownload
-    from nbutils.launch import LaunchFailed, choose_config, launch
+    from nbutils.launch import choose_config, launch
     from nbutils.out_of_memory import settings_of
 
     try:
@@ -162,14 +194,6 @@ def _launch(options: argparse.Namespace) -> int:
             output_dir=settings_of(options.arguments).get("output_dir"),
             timeout=options.timeout,
         )
-    except (
-        LaunchFailed,
-        FileNotFoundError,
-        CannotDownload,
-        ValueError,
-    ) as error:  # BadConfig is a ValueError
-        print(f"\n{error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(
             "\nInterrupted; every rank was ended. Go on from the newest checkpoint with --resume true.",
@@ -190,44 +214,29 @@ def _look_first(options: argparse.Namespace) -> None:
 
 def _refresh(options: argparse.Namespace) -> int:
     from nbutils.reading import refresh
-    from nbutils.runner import SeriesFailed
 
-    try:
-        changed = refresh(check_only=options.check)
-    except SeriesFailed as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    changed = refresh(check_only=options.check)
     print("\n".join(changed) or "Every notebook says what it said before.")
     return 1 if options.check and changed else 0
 
 
 def _merge_or_export(options: argparse.Namespace) -> int:
-    from nbutils.checkpoints import CheckpointError, export_adapter
-    from nbutils.merging import MergeError, merge
-    from nbutils.saving import SaveError
+    if options.command == "merge":
+        from nbutils.merging import merge
 
-    try:
-        if options.command == "merge":
-            done = merge(options.base, options.adapter, options.out)
-        else:
-            done = export_adapter(options.checkpoint, options.out)
-    except (CheckpointError, MergeError, SaveError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+        done = merge(options.base, options.adapter, options.out)
+    else:
+        from nbutils.checkpoints import export_adapter
+
+        done = export_adapter(options.checkpoint, options.out)
     print(f"{options.out}: " + ", ".join(f"{name} {value}" for name, value in done.items()))
     return 0
 
 
 def _quantise(options: argparse.Namespace) -> int:
-    from nbutils.checkpoint import BadCheckpoint
-    from nbutils.download import CannotDownload
     from nbutils.loading import quantise_checkpoint
 
-    try:
-        size = quantise_checkpoint(options.model, options.out)
-    except (BadCheckpoint, CannotDownload, FileExistsError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    size = quantise_checkpoint(options.model, options.out)
     print(f"{options.out}: {size / 1e9:.2f} GB of tensors, linear layers in NF4")
     return 0
 

@@ -244,7 +244,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
         `tensors`, `elements`, `sha256` of the file, and `step`.
 
     Raises:
-        CheckpointError: the checkpoint is not complete, or its pieces leave a hole.
+        CheckpointError: the checkpoint is not complete, or its pieces leave a hole. Nothing is written.
         SaveError: `folder` exists, or the tensors are no adapter worth keeping.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
@@ -252,6 +252,8 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
         raise CheckpointError(f"{checkpoint} cannot be used: {problem}.")
     if folder.exists():
         raise SaveError(f"{folder} exists already, and nothing is overwritten. Name a new folder.")
+    # Not from the folder's name: a checkpoint that was copied may have another.
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     ranks = range(read_manifest(checkpoint)["facts"]["world_size"])
     files = [safe_open(checkpoint / rank_file(number), "pt") for number in ranks]
     places = [json.loads(file.metadata()["pieces"]) for file in files]
@@ -271,7 +273,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
         "tensors": len(tensors),
         "elements": sum(tensor.numel() for tensor in tensors.values()),
         "sha256": digest,
-        "step": int(checkpoint.name.split("-")[1]),
+        "step": step,
     }
 
 

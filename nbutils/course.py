@@ -50,18 +50,50 @@ def go_to_root() -> Path:
     return ROOT
 
 
+def at_root(path: str | Path) -> Path:
+    """What was typed in the working directory, as it must be called from the root of the repository.
+
+    Args:
+        path: relative to the working directory, or absolute.
+
+    Returns:
+        Relative to the root if it lies below it. In the root, and if it is absolute, it stays as it was typed.
+    """
+    if Path(path).is_absolute() or Path.cwd() == ROOT:
+        return Path(path)
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow the link runs/latest)
+    return whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole
+
+
+def from_here(path: str | Path) -> Path:
+    """A file of the repository, as it must be called from the working directory: the other way round.
+
+    Args:
+        path: relative to the root.
+
+    Returns:
+        Relative if the working directory lies in the repository, or else absolute.
+    """
+    return Path(os.path.relpath(ROOT / path)) if Path.cwd().is_relative_to(ROOT) else ROOT / path
+
+
 def quiet() -> None:
+    """Drop the noise that a reader of a notebook cannot act on, progress bars included."""
+    drop_noise()
+    # Read when the libraries are imported; a bar that redraws itself becomes debris in a saved notebook.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Tokenizers warn when a process that has used their threads forks; a launch does.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def drop_noise() -> None:
     """Drop the known noise of third-party packages, by its exact words; every other warning stays."""
     for logger, beginning in NOISE:
         logging.getLogger(logger).addFilter(_without(beginning))
     warnings.filterwarnings("ignore", category=FutureWarning, module=FUTURE_WARNINGS_OF)
     # On a CPU there is nothing to pin memory for; the DataLoader's default says so each time.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
-    # Read when the libraries are imported; a bar that redraws itself becomes debris in a saved notebook.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # Tokenizers warn when a process that has used their threads forks; a launch does.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _without(beginning: str):
@@ -76,7 +108,12 @@ def new_run_dir(given: str | Path = "") -> Path:
 
     Returns:
         The folder, which exists, relative to the root of the repository.
+
+    Raises:
+        NotADirectoryError: `given` is a file.
     """
+    if given and Path(given).is_file():
+        raise NotADirectoryError(f"{given} is a file; wanted a folder for the run, a new one or an old one.")
     if given:
         Path(given).mkdir(parents=True, exist_ok=True)
         return Path(given)

@@ -1,5 +1,6 @@
 """From a local folder or a hub id to a local folder, without downloading anything twice or anything useless."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,9 +12,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from nbutils.checkpoint import BadCheckpoint
+
 # What a model of the hub needs here. Llama repositories keep a second copy of all weights under original/.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["original/*"]
+
+CONFIG = "config.json"
 
 
 class CannotDownload(RuntimeError):
@@ -57,3 +62,28 @@ def local_folder(model_id: str | Path, weights: bool = True) -> Path:
             f"{model_id} is no local folder, and the hub could not be reached ({str(problem).splitlines()[0]}). Ask "
             "again later: what has come already is kept."
         ) from None
+
+
+def read_config(folder: Path) -> dict:
+    """What a model's `config.json` holds.
+
+    Args:
+        folder: from `local_folder`.
+
+    Raises:
+        BadCheckpoint: there is none, or it is no JSON object.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise BadCheckpoint(
+            f"{folder} holds no {CONFIG}; wanted a model as the hub keeps them. Look at the path."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise BadCheckpoint(f"{file} is no JSON ({problem}). Download it again.") from None
+    if not isinstance(config, dict):
+        raise BadCheckpoint(
+            f"{file} holds a {type(config).__name__}; wanted a JSON object. Download it again."
+        )
+    return config

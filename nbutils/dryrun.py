@@ -1,6 +1,6 @@
 """A dry run at full size, without a download: random weights of the real shapes, the real script, a few real steps.
 
-Run as: python -m nbutils.dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
+Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
 """
 
 import argparse
@@ -19,21 +19,29 @@ from pathlib import Path
 import psutil
 import yaml
 
-from nbutils.course import RUNS, go_to_root
+from nbutils.config_faults import refuse_bad_config
+from nbutils.course import RUNS, at_root, drop_noise, go_to_root
 from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
 from nbutils.memory import Plan, plan
 from nbutils.memory_items import GIB, LIBRARIES_CPU
 from nbutils.progress import read_progress
 from nbutils.provenance import provenance
-from nbutils.recipe import write_script
+from nbutils.recipe import SCRIPT, write_script
 from nbutils.shapes import SHAPES, Choices, Setup, Shape, config_of, shape_of
+
+PREDICTION = "prediction.json"  # by it a dry run knows the folder of another one
+REPLACED = ("train", "ranks", "train.yaml", "train.jsonl", "heldout.jsonl", "train.log", SCRIPT)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one dry run and return 0 if it trained, 3 if it ran out of memory."""
     options = _parser().parse_args(arguments)
+    for name in ("config", "folder", "run_dir", "out"):
+        if typed := getattr(options, name):
+            setattr(options, name, at_root(typed))
+    model = options.model if options.model in SHAPES else str(at_root(options.model))
     go_to_root()
-    shape = shape_of(options.model)
+    shape = shape_of(model)
     if options.layers:
         shape = Shape(**{**vars(shape), "layers": options.layers})
     if options.prepare_only:
@@ -64,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nbutils.dryrun", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nbutils dryrun", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", default="llama31_70b", help=f"one of {', '.join(SHAPES)}, or a local config.json"
     )
@@ -131,7 +139,7 @@ def dry_run(
         cap_gib: cap of the GPU allocator in GiB; None means the whole card.
         world_size: ranks; None takes the config's.
         folder: where the random weights are kept between dry runs.
-        run_dir: where this run writes.
+        run_dir: where this run writes: a new folder, or one of an earlier dry run, which is replaced.
         commit: of this repository, for the record; left out: as git says.
         extra: settings of the script, `name=value`.
         changes: keys of the config's `fsdp_config`, `key=value`; the changed copy lies in `run_dir`.
@@ -141,12 +149,17 @@ def dry_run(
 
     Returns:
         The record; benchmarks/README.md names its keys. `outcome` is `ok`, `oom`, or `failed` with `error`.
+
+    Raises:
+        BadConfig: there is no such config, or it would not start what was meant.
+        FileExistsError: `run_dir` holds what a dry run would replace and did not write.
     """
     from nbutils.launch import choose_config
 
     config = Path(config) if config else choose_config()
     run_dir = Path(run_dir or RUNS / "dryrun" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"))
-    run_dir.mkdir(parents=True, exist_ok=True)
+    refuse_bad_config(config, world_size)
+    _claim(run_dir)
     if changes:
         config = _changed(config, changes, run_dir)
     setup = Setup.read(config, world_size)
@@ -158,7 +171,7 @@ def dry_run(
     if no_accelerator():
         expected.host["Python and libraries"] = LIBRARIES_CPU
     predicted = _predicted(expected, setup, cap_gib)
-    (run_dir / "prediction.json").write_text(json.dumps(predicted, indent=1) + "\n")
+    (run_dir / PREDICTION).write_text(json.dumps(predicted, indent=1) + "\n")
 
     variables = {"NBUTILS_MEASURE_DIR": str(run_dir / "ranks")}
     if cap_gib:
@@ -235,7 +248,7 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
         maker.start()
         maker.join()
         if maker.exitcode:
-            raise RuntimeError(f"Making random weights in {target} failed; its message stands above.")
+            raise ChildProcessError(f"Making random weights in {target} failed; its message stands above.")
     return target
 
 
@@ -246,6 +259,7 @@ def _make_weights(shape: Shape, target: Path) -> None:
     from nbutils.quantise import write_nf4
     from nbutils.tiny import read_prose, train_tokenizer
 
+    drop_noise()
     started = time.monotonic()
     config = config_of(shape)
     model = empty_model(config, pre_quantised=False)
@@ -282,7 +296,7 @@ def settings_for(
     """Write rows of exactly `length` tokens and the script's YAML.
 
     Args:
-        run_dir: where both go, and where the script will write.
+        run_dir: where both go, and where the script will write; `train` in it is deleted.
         weights: folder of the model.
         batch: rows a rank and step.
         length: tokens a row.
@@ -324,6 +338,19 @@ def settings_for(
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     shutil.rmtree(run_dir / "train", ignore_errors=True)
     return path
+
+
+def _claim(run_dir: Path) -> None:
+    """Make the folder, or find that a dry run has written what is in it: anything else is somebody's work."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / PREDICTION).is_file():
+        for name in REPLACED:
+            if (run_dir / name).exists():
+                raise FileExistsError(
+                    f"{run_dir} holds {name}, and no dry run has written it: a dry run would replace it. Name a new "
+                    "folder with --run-dir, or leave it out."
+                )
+        (run_dir / PREDICTION).touch()  # from here on it is a dry run's, even if this one stops at once
 
 
 def _changed(config: Path, changes: list[str], run_dir: Path) -> Path:
@@ -523,4 +550,6 @@ def describe(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from nbutils.__main__ import main as command_line
+
+    sys.exit(command_line(["dryrun", *sys.argv[1:]]))

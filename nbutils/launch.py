@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from nbutils.config_faults import refuse_bad_config
-from nbutils.course import ROOT
+from nbutils.course import ROOT, from_here
 from nbutils.follow import read_progress
 from nbutils.kernel_memory import give_back
 from nbutils.out_of_memory import advice
@@ -73,7 +73,7 @@ def choose_config(fsdp_version: int = 1, rehearsal: bool | None = None) -> Path:
         rehearsal: True for a machine without GPUs; None means to look.
 
     Returns:
-        A path under `configs/accelerate`, relative to the root of the repository.
+        A path under `configs/accelerate` of the repository, as it is called from the working directory.
 
     Raises:
         ValueError: another version of FSDP is asked for.
@@ -82,8 +82,8 @@ def choose_config(fsdp_version: int = 1, rehearsal: bool | None = None) -> Path:
         raise ValueError(f"fsdp_version is {fsdp_version!r}; it must be 1 or 2.")
     rehearsal = no_accelerator() if rehearsal is None else rehearsal
     if rehearsal:
-        return Path(f"configs/accelerate/rehearsal_fsdp{fsdp_version}.yaml")
-    return Path(
+        return from_here(f"configs/accelerate/rehearsal_fsdp{fsdp_version}.yaml")
+    return from_here(
         "configs/accelerate/config_fsdp.yaml" if fsdp_version == 1 else "configs/accelerate/config_fsdp2.yaml"
     )
 

@@ -1,6 +1,7 @@
 """Load a model in NF4 so that FSDP can shard it."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from nbutils.chat import ready_for_chat
 from nbutils.checkpoint import BadCheckpoint, Checkpoint, refuse_other_quantisations
-from nbutils.course import RUNS
-from nbutils.download import local_folder
+from nbutils.course import ROOT, RUNS
+from nbutils.download import local_folder, read_config
 from nbutils.quantise import nf4_config, progress, quantise_tensor, write_nf4
 
 __all__ = ["empty_model", "linear_weights", "load_nf4", "load_tokenizer", "nf4_config", "quantise_checkpoint"]
@@ -76,24 +77,32 @@ def quantise_checkpoint(
 
     Raises:
         BadCheckpoint: as `load_nf4`; or the checkpoint is quantised already.
+        CannotDownload: the hub does not give the model.
         FileExistsError: `out` is there already.
+        OSError: it cannot be written; what was begun is removed.
     """
     folder, out = local_folder(model_id), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already. Name a new folder, or delete this one.")
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
+    if read_config(folder).get("quantization_config"):
         raise BadCheckpoint(f"{folder} is quantised already; wanted a checkpoint in bf16.")
     checkpoint = Checkpoint(folder)
+    config = AutoConfig.from_pretrained(folder)
     model = empty_model(config, pre_quantised=False)
     partial = out.with_name(out.name + ".partial")
-    with progress(checkpoint.bytes_on_disk, "quantising") as bar:
-        total = write_nf4(
-            partial, config, _needed(checkpoint, model, bar), linear_weights(model), device or _device()
-        )
-    if (folder / "tokenizer_config.json").exists():
-        AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
-    partial.rename(out)
+    # Left by a try that was killed: it may hold shards that this one does not write.
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with progress(checkpoint.bytes_on_disk, "quantising") as bar:
+            total = write_nf4(
+                partial, config, _needed(checkpoint, model, bar), linear_weights(model), device or _device()
+            )
+        if (folder / "tokenizer_config.json").exists():
+            AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
+        partial.rename(out)
+    except BaseException:  # an interrupt too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return total
 
 
@@ -191,12 +200,12 @@ def _stored_as_bf16(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _quantised_copy(checkpoint: Checkpoint) -> Path:
-    """The NF4 copy of a large bf16 checkpoint in `runs/cache`, written by whichever rank comes first."""
+    """The NF4 copy of a large bf16 checkpoint in the root's `runs/cache`, written by whichever rank comes first."""
     files = sorted(set(checkpoint.files.values()))
     stats = [(file, (checkpoint.folder / file).stat()) for file in files]
     facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    out = RUNS / "cache" / f"nf4-{digest}"
+    out = ROOT / RUNS / "cache" / f"nf4-{digest}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):  # the other ranks wait here; a barrier of the process group would time out
         if not out.exists():

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from nbutils.download import local_folder, read_config
 from nbutils.saving import CONFIG, WEIGHTS, fsync
-from nbutils.tensorfile import layout_of, read_tensor, write_tensors
+from nbutils.tensorfile import Entry, layout_of, read_tensor, write_tensors
 
 PREFIX = "base_model.model."  # what PEFT puts before the base's names
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
@@ -44,11 +46,17 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, progress: bool
     Raises:
         MergeError: the base is quantised, a tensor of the adapter has no place in it, the disk is too small, or `out`
             holds something else.
+        BadCheckpoint: the base has no readable `config.json`.
+        CannotDownload: the base is no local folder, and the hub does not give it.
     """
-    base, adapter, out = _folder(base), Path(adapter), Path(out)
+    base, adapter, out = local_folder(base), Path(adapter), Path(out)
+    if read_config(base).get("quantization_config"):
+        raise MergeError(
+            f"{base} is quantised; the unquantised bf16 base was wanted. Name the model it was made from."
+        )
+    config = _adapter_config(adapter)
     files = _weight_files(base)
-    layouts = {file.name: layout_of(file) for file in files}
-    config = LoraConfig.from_pretrained(str(adapter))
+    layouts = {file.name: _layout(file) for file in files}
     plan = _plan(
         adapter / WEIGHTS, config, {name: e for layout in layouts.values() for name, e in layout.items()}
     )
@@ -134,7 +142,7 @@ def _plan(file: Path, config: LoraConfig, base: dict) -> dict[str, dict[str, str
             "The adapter has fan_in_fan_out, which belongs to GPT-2's layers; linear layers were wanted."
         )
     plan, shapes = defaultdict(dict), {}
-    for key, entry in layout_of(file).items():
+    for key, entry in _layout(file).items():
         name, part = key.removeprefix(PREFIX), "whole"
         for ending, label in PARTS.items():
             if name.endswith("." + ending):
@@ -164,25 +172,33 @@ def _plan(file: Path, config: LoraConfig, base: dict) -> dict[str, dict[str, str
     return dict(plan)
 
 
-def _folder(base: str | Path) -> Path:
-    if not Path(base).is_dir():
-        from huggingface_hub import snapshot_download
+def _adapter_config(adapter: Path) -> LoraConfig:
+    for name in (CONFIG, WEIGHTS):
+        if not (adapter / name).is_file():
+            raise MergeError(f"{adapter} holds no {name}; wanted the folder of an adapter, as PEFT saves it.")
+    try:
+        return LoraConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, AttributeError) as problem:
+        raise MergeError(f"{adapter / CONFIG} is not what PEFT writes for LoRA ({problem}).") from None
 
-        base = snapshot_download(
-            str(base), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        )
-    if json.loads((Path(base) / "config.json").read_text()).get("quantization_config"):
+
+def _layout(file: Path) -> dict[str, Entry]:
+    try:
+        return layout_of(file)
+    except SafetensorError as problem:
         raise MergeError(
-            f"{base} is quantised; the unquantised bf16 base was wanted. Name the model it was made from."
-        )
-    return Path(base)
+            f"{file} is cut short or damaged ({problem}). Download or copy this file again."
+        ) from None
 
 
 def _weight_files(base: Path) -> list[Path]:
     index = base / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise MergeError(f"{index} is no index of safetensors. Download it again.") from None
     for name in names:
         if not (base / name).is_file():
             raise MergeError(f"{base} has no {name}; a base in safetensors was wanted. Download it whole.")

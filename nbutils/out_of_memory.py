@@ -51,11 +51,13 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
 
 def settings_of(arguments: list[str]) -> dict:
     """The settings that a script is given: those of its `--config` file, and over them those of its command line."""
-    words = {
-        name.removeprefix("--"): value
-        for name, value in itertools.pairwise(map(str, arguments))
-        if name.startswith("--")
-    }
+    words = {}
+    for word, following in itertools.pairwise([*map(str, arguments), "--"]):
+        if word.startswith("--"):
+            name, joined, value = word.removeprefix("--").partition("=")
+            if not joined:  # a switch alone, like --compile_layers, is on
+                value = "true" if following.startswith("--") else following
+            words[name.replace("-", "_")] = value  # the script takes --output-dir as well
     try:
         from_file = yaml.safe_load(Path(words["config"]).read_text(encoding="utf-8"))
     except (KeyError, OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
@@ -89,18 +90,22 @@ def write_nf4(
 
     Returns:
         Bytes written.
+
+    Raises:
+        OSError: a shard could not be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _Shards(folder)
-    for name, tensor in tensors:
-        if name in linear_weights:
-            packed, state = quantise_tensor(tensor, device)
-            parts = {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
-            shards.add({name: packed, **parts})
-        else:
-            shards.add({name: tensor.to(torch.bfloat16)})
-    total = shards.close()
+    with shards.pool:  # whatever happens, nobody writes any more when this returns
+        for name, tensor in tensors:
+            if name in linear_weights:
+                packed, state = quantise_tensor(tensor, device)
+                parts = {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+                shards.add({name: packed, **parts})
+            else:
+                shards.add({name: tensor.to(torch.bfloat16)})
+        total = shards.close()
     config.quantization_config = nf4_config()
     config.save_pretrained(folder)
     return total
@@ -142,7 +147,6 @@ class _Shards:
             self._flush()
         for job in self.pending:
             job.result()
-        self.pool.shutdown()
         index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         return self.total
@@ -151,8 +155,17 @@ class _Shards:
         self.count += 1
         file = f"model-{self.count:05d}.safetensors"
         self.weight_map |= dict.fromkeys(self.tensors, file)
-        self.pending.append(self.pool.submit(save_file, self.tensors, self.folder / file, {"format": "pt"}))
+        self.pending.append(self.pool.submit(_save, self.tensors, self.folder / file))
         if len(self.pending) > WRITERS:
             self.pending.pop(0).result()
         self.total += self.bytes
         self.tensors, self.bytes = {}, 0
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as problem:  # a full disk, most likely
+        raise OSError(
+            f"{file} could not be written ({problem}). Make room, or name another folder."
+        ) from None

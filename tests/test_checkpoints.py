@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from recording import record
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nbutils.checkpoints import (
     MANIFEST,
@@ -22,6 +22,7 @@ from nbutils.checkpoints import (
     newest_complete,
     problem_with,
     rank_file,
+    write_checkpoint,
 )
 from nbutils.course import ROOT
 from nbutils.recipe import write_script
@@ -236,6 +237,20 @@ def test_export_from_the_command_line_and_from_a_spoiled_checkpoint(checkpoints,
     with pytest.raises(CheckpointError, match="is not the file that was written"):
         export_adapter(checkpoints / "checkpoint-6", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_an_adapter_is_exported_from_a_checkpoint_of_any_name(tmp_path):
+    key = "base_model.model.layer.lora_B.weight"
+
+    def write(folder: Path) -> None:
+        notes = {"pieces": json.dumps({key: {"shape": [2, 2], "start": 0}}), "notes": "{}"}
+        save_file({f"adapter.{key}": torch.ones(2, 2)}, folder / rank_file(0), notes)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 40}))
+
+    write_checkpoint(tmp_path / "checkpoint-40", write, {"world_size": 1})
+    (tmp_path / "checkpoint-40").rename(tmp_path / "the_best")
+    assert export_adapter(tmp_path / "the_best", tmp_path / "adapter")["step"] == 40
 
 
 @pytest.mark.launch

@@ -51,9 +51,25 @@ def test_host_memory_of_both_ranks_is_near_the_prediction(trained):
     assert result["predicted"]["host_bytes"] == pytest.approx(result["measured"]["host_bytes"], rel=0.5)
 
 
+def test_a_folder_that_no_dry_run_has_written_is_left_alone(tmp_path):
+    adapter = tmp_path / "train" / "adapter" / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_bytes(b"a night's work")
+    with pytest.raises(FileExistsError, match=r"holds train, and no dry run has written it.*--run-dir"):
+        dry_run(TINY, run_dir=tmp_path, folder=tmp_path / "weights", show=False)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [adapter]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text("my rows")
+    with pytest.raises(FileExistsError, match=r"holds train\.jsonl"):
+        dry_run(TINY, run_dir=tmp_path / "mine", folder=tmp_path / "weights", show=False)
+
+
 def test_a_run_that_fails_is_no_success(tmp_path, trained):
     folder, _ = trained
     out = tmp_path / "result.json"
+    (tmp_path / "prediction.json").write_text("{}")  # an earlier dry run wrote here: its folder is used again
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "progress.jsonl").write_text('{"step": 1, "max_steps": 1, "loss": 1.0}\n')
     arguments = ["--model", "tiny", "--length", "64", "--steps", "3", "--folder", str(folder)]
     arguments += ["--run-dir", str(tmp_path), "--out", str(out), "--set", "lora_r=0"]
     assert main(arguments) == 1

@@ -119,6 +119,15 @@ def test_the_archive_is_the_same_twice_and_holds_what_it_needs(built):
         assert names[f"notebooks/{path.name}"] == (out / "student" / path.name).read_bytes()
 
 
+def test_only_the_tiny_base_goes_along_with_the_proof(tmp_path, monkeypatch):
+    for name, file in (("tiny-1", "tiny.json"), ("tiny-1.7.part", "half"), ("nf4-70b", "model.safetensors")):
+        (tmp_path / "runs/cache" / name).mkdir(parents=True)
+        (tmp_path / "runs/cache" / name / file).touch()
+    monkeypatch.setattr(proving, "ROOT", tmp_path)
+    proving.copy_tiny_bases(tmp_path / "tree")
+    assert [path.name for path in (tmp_path / "tree/runs/cache").iterdir()] == ["tiny-1"]
+
+
 @pytest.mark.notebook
 def test_a_run_finds_each_cell_that_fails_and_should_not(tmp_path):
     """A cell that needs a solution, an exercise that raises something else, and one that raises nothing."""

@@ -85,9 +85,10 @@ def test_bf16_becomes_what_transformers_makes_of_it(tmp_path, tied, monkeypatch)
 
 def test_a_large_model_goes_through_a_copy_on_disk_once(base, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(loading, "RUNS", tmp_path)
+    monkeypatch.setattr(loading, "ROOT", tmp_path / "root")
+    monkeypatch.chdir(tmp_path)  # wherever it is called from, the copy belongs to the repository
     assert_same(load_nf4(str(base)), plain(base))
-    copies = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    copies = [path for path in (tmp_path / "root" / "runs" / "cache").iterdir() if path.is_dir()]
     assert len(copies) == 1
     monkeypatch.setattr(loading, "quantise_checkpoint", lambda *_: pytest.fail("quantised a second time"))
     load_nf4(str(base))
@@ -105,6 +106,15 @@ def test_quantise_once_is_read_by_us_and_by_plain_transformers(base, tmp_path, c
     assert "exists already" in capsys.readouterr().err
     assert main(["quantise", str(out), str(tmp_path / "again")]) == 1
     assert "quantised already" in capsys.readouterr().err
+
+
+def test_what_a_killed_try_has_left_is_in_no_checkpoint(base, tmp_path):
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / "model-00099.safetensors").write_bytes(b"of another model")
+    quantise_checkpoint(base, tmp_path / "out")
+    assert "model-00099.safetensors" not in [path.name for path in (tmp_path / "out").iterdir()]
+    assert not left.exists()
 
 
 def test_a_checkpoint_stored_as_uint8_is_repacked(base, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from nbutils.memory import _changes, _Run, fits, plan, what_to_change
 from nbutils.memory_items import GIB, pinned_bytes, quantisation_state_bytes, saved_bytes_per_token
 from nbutils.needs import MODELS, gpu_gib
-from nbutils.out_of_memory import advice
+from nbutils.out_of_memory import advice, settings_of
 from nbutils.scale_figures import plan_of
 from nbutils.shapes import SHAPES, Choices, Setup, config_of, shape_of
 
@@ -305,3 +305,24 @@ def test_advice_takes_no_harm_from_a_card_of_unknown_size(tmp_path, monkeypatch)
     # A table that is no text; nothing that nvidia-smi does may end in a traceback here.
     (tmp_path / "nvidia-smi").write_bytes(b"#!/bin/sh\nprintf '\\377, 1, 2, 3'\n")
     assert advice(words, config) == ""
+
+
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        (["--max_length", "64", "--seed", "-1"], {"max_length": "64", "seed": "-1"}),
+        (["--max_length=64", "--output_dir=x"], {"max_length": "64", "output_dir": "x"}),
+        (["--model=a=b", "--output_dir", "x"], {"model": "a=b", "output_dir": "x"}),
+        (["--compile_layers", "--output-dir", "x"], {"compile_layers": "true", "output_dir": "x"}),
+        (["--output_dir", "x", "--compile_layers"], {"output_dir": "x", "compile_layers": "true"}),
+        ([], {}),
+    ],
+)
+def test_the_words_of_a_script_are_read_as_it_reads_them(words, settings):
+    assert settings_of(words) == settings
+
+
+def test_a_file_of_settings_may_stand_behind_an_equals_sign(tmp_path):
+    (tmp_path / "train.yaml").write_text("max_length: 64\noutput_dir: runs/x\n")
+    settings = settings_of([f"--config={tmp_path}/train.yaml", "--output_dir=y"])
+    assert (settings["max_length"], settings["output_dir"]) == (64, "y")

@@ -235,3 +235,16 @@ def test_the_matrix_of_saving(tmp_path):
         print(f"{label:{width}}", *(f"{row.get(column, '-'):>15}" for column in columns))
     record("What is saved, bit for bit", f"RECORD=FILE {COMMAND}", columns=columns, table=table)
     assert {cell for row in table.values() for cell in row.values()} == {"bit-identical"}
+
+
+def test_the_benchmark_fails_if_a_case_fails(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import saving_on_gpus
+
+    monkeypatch.setattr(saving_on_gpus, "CASES", {"no such config": ("configs/accelerate/nope.yaml", {}, {})})
+    words = ["saving_on_gpus.py", "--model", "tiny", "--commit", "abc", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert saving_on_gpus.main() == 1
+    assert "error" in json.loads((tmp_path / "out.json").read_text())["cases"]["no such config"]
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "another"])
+    assert saving_on_gpus.main() == 0
