@@ -850,7 +850,7 @@ def test_an_epoch_shorter_than_the_first_line_of_the_log_ends_without_a_training
 def test_what_logs_a_loss_in_another_way_is_not_refused_for_its_logging_steps(logs, tmp_path):
     recipe = SimpleNamespace(lora_r=4, compile_layers=False, embeddings_on_host=False)
     told = {"output_dir": str(tmp_path), "max_steps": 5, "logging_steps": 500, "bf16": False, "use_cpu": True}
-    kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    kwargs = {"gradient_checkpointing": None, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     refusing._refuse_settings(recipe, SFTConfig(**told | kwargs | logs))
 
 
