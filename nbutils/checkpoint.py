@@ -106,7 +106,7 @@ class Checkpoint:
 
 def _file_of_each_tensor(folder: Path) -> dict[str, str]:
     if (folder / INDEX).exists():
-        return json.loads((folder / INDEX).read_text())["weight_map"]
+        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     if (folder / SINGLE).exists():
         try:
             with safe_open(folder / SINGLE, framework="pt", device="cpu") as file:

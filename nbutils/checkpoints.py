@@ -174,7 +174,7 @@ def read_manifest(folder: Path) -> dict:
     if not file.is_file():
         raise CheckpointError(f"{MANIFEST} is missing")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] == FORMAT and manifest["files"] and "facts" in manifest:
             return manifest
     except (ValueError, KeyError, TypeError):
@@ -207,7 +207,8 @@ def newest_complete(output: Path, say: Callable = print) -> Path | None:
         if problem is None:
             return folder
         problems.append(f"{folder.name} cannot be used: {problem}.")
-        say(problems[-1], "Looking at the one before it.", flush=True)
+        # One string: each argument would be a write of its own, and the launcher marks the lines of ranks write by write.
+        say(f"{problems[-1]} Looking at the one before it.\n", end="", flush=True)
     if problems:
         raise CheckpointError(
             " ".join(problems) + f" No complete checkpoint is left in {output}; start anew in another folder."
@@ -253,7 +254,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
     if folder.exists():
         raise SaveError(f"{folder} exists already, and nothing is overwritten. Name a new folder.")
     # Not from the folder's name: a checkpoint that was copied may have another.
-    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     ranks = range(read_manifest(checkpoint)["facts"]["world_size"])
     files = [safe_open(checkpoint / rank_file(number), "pt") for number in ranks]
     places = [json.loads(file.metadata()["pieces"]) for file in files]

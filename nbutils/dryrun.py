@@ -166,7 +166,7 @@ def dry_run(
     weights = prepare(shape, folder)
     script = write_script(run_dir)
     settings = settings_for(run_dir, weights, batch, length, steps, lora_r, setup.world_size, extra)
-    choices = Choices.read(yaml.safe_load(settings.read_text()))
+    choices = Choices.read(yaml.safe_load(settings.read_text(encoding="utf-8")))
     expected = plan(shape, setup, batch, length, lora_r, choices=choices)
     if no_accelerator():
         expected.host["Python and libraries"] = LIBRARIES_CPU
@@ -354,7 +354,7 @@ def _claim(run_dir: Path) -> None:
 
 
 def _changed(config: Path, changes: list[str], run_dir: Path) -> Path:
-    content = yaml.safe_load(config.read_text())
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
     for pair in changes:
         key, _, value = pair.partition("=")
         content["fsdp_config"][key] = yaml.safe_load(value)
@@ -396,7 +396,7 @@ class HostMemory:
         while not self._stop.wait(self.interval):
             sample = {"time": time.time(), "rss": 0, "anonymous": 0, "shared": 0, "file": 0, "pinned": 0}
             for rank in sorted(self.folder.glob("rank*.jsonl")):
-                lines = rank.read_text().splitlines()
+                lines = rank.read_text(encoding="utf-8").splitlines()
                 if not lines:
                     continue
                 sample["pinned"] += json.loads(lines[-1]).get("pinned", 0)
@@ -411,7 +411,7 @@ def _smaps(pid: int) -> dict[str, int]:
     """A process's memory from `/proc/PID/smaps_rollup`, each shared page divided among those who share it."""
     names = {"Rss": "rss", "Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "file"}
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
     except OSError:  # the process has ended, or the system has no such file
         return {}
     found = re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)
@@ -464,12 +464,12 @@ def measured(run_dir: Path, host: HostMemory | None, tokens_a_step: int) -> dict
         "step_seconds": round(mean, 4) if mean else None,
         "tokens_per_second": round(tokens_a_step / mean, 1) if mean else None,
         "losses": [line["loss"] for line in read_progress(run_dir / "train") if "loss" in line],
-        "run": json.loads(run.read_text()) if run.exists() else None,
+        "run": json.loads(run.read_text(encoding="utf-8")) if run.exists() else None,
     }
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _peak_until(lines: list[dict], phase: str) -> int | None:

@@ -18,4 +18,8 @@ def read_progress(folder: str | Path) -> list[dict]:
     path = Path(folder) / PROGRESS_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]

@@ -355,7 +355,7 @@ def first_failure(log: Path, rank_logs: Path, returncode: int) -> LaunchFailed:
 def _recorded(path: Path) -> tuple[str, str]:
     """The error that `torch.distributed.elastic`'s `record` wrote, and the place in the code where it arose."""
     try:
-        message = json.loads(path.read_text())["message"]
+        message = json.loads(path.read_text(encoding="utf-8"))["message"]
     except (ValueError, KeyError):  # the rank was ended while it wrote
         return "(its error file is damaged; see the log)", ""
     if isinstance(message, str):

@@ -196,7 +196,7 @@ def _weight_files(base: Path) -> list[Path]:
     names = ["model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise MergeError(f"{index} is no index of safetensors. Download it again.") from None
     for name in names:
@@ -215,7 +215,7 @@ def _claim(out: Path, base: Path, adapter: Path, layouts: dict) -> None:
     if not out.exists() or not any(out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    elif not (out / RECORD).is_file() or json.loads((out / RECORD).read_text()) != record:
+    elif not (out / RECORD).is_file() or json.loads((out / RECORD).read_text(encoding="utf-8")) != record:
         raise MergeError(f"{out} holds something else than this merge. Name a new folder.")
 
 

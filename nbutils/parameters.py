@@ -143,7 +143,7 @@ def read_params_file(path: str | Path) -> dict:
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise BadParameters(f"There is no parameters file {path}.{hint}")
     try:
-        values = yaml.load(path.read_text(), Loader=_NoDuplicates)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadParameters(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -21,7 +21,7 @@ def script_text(notebook: Path = NOTEBOOK) -> str:
     Raises:
         ValueError: the notebook has no `%%writefile` cell, or several.
     """
-    cells = json.loads(notebook.read_text())[
+    cells = json.loads(notebook.read_text(encoding="utf-8"))[
         "cells"
     ]  # a notebook is JSON; a cell's source is a list of lines
     sources = ["".join(cell["source"]) for cell in cells]

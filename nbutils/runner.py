@@ -284,7 +284,7 @@ def summarise(entries: list[Entry], run_dir: Path) -> dict:
             }
         )
     record = run_dir / "train" / "run.json"
-    told = json.loads(record.read_text()) if record.exists() else {}
+    told = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     training, adapter = told.get("training", {}), told.get("adapter", {})
     return {
         "notebooks": notebooks,

@@ -25,7 +25,7 @@ def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
         folder: of the records.
     """
     files = sorted(Path(folder).glob("*.json"))
-    runs = {path.stem: json.loads(path.read_text()) for path in files}
+    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     dry = {name: run for name, run in runs.items() if run.get("outcome") in ("ok", "oom")}
     return dict(sorted(dry.items(), key=lambda item: (not item[0].startswith("fit_"), item[0])))
 

@@ -83,7 +83,7 @@ def shape_of(model: str | Path) -> Shape:
         raise ValueError(
             f"{model!r} is neither one of {', '.join(SHAPES)} nor a local folder with a config.json."
         )
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return Shape(
@@ -160,7 +160,7 @@ class Setup:
             path: YAML for `accelerate launch`. Under HYBRID_SHARD the ranks of one machine share the model.
             world_size: ranks of all machines, if they differ from the file's `num_processes`.
         """
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         fsdp = config.get("fsdp_config") or {}
         version = int(fsdp.get("fsdp_version", 1)) if fsdp else 0
         strategy = fsdp.get("fsdp_sharding_strategy", "FULL_SHARD")

@@ -110,7 +110,9 @@ def read_prose(folder: Path = PROSE) -> tuple[list[str], list[str]]:
     essays = sorted(folder.glob("*.md"))
     if not essays:
         raise FileNotFoundError(f"There is no *.md file in {folder}, and the tiny base is trained on them.")
-    paragraphs = [p.strip() for essay in essays for p in essay.read_text().split("\n\n") if p.strip()]
+    paragraphs = [
+        p.strip() for essay in essays for p in essay.read_text(encoding="utf-8").split("\n\n") if p.strip()
+    ]
     train = [p for i, p in enumerate(paragraphs) if i % 12 != 7]
     heldout = [p for i, p in enumerate(paragraphs) if i % 12 == 7]
     return train, heldout
@@ -217,7 +219,7 @@ def _train(model: LlamaForCausalLM, stream: torch.Tensor) -> None:
 def main() -> None:
     """Make the tiny base if need be, and print where it is and what it has learned."""
     folder = tiny_base()
-    facts = json.loads((folder / "tiny.json").read_text())
+    facts = json.loads((folder / "tiny.json").read_text(encoding="utf-8"))
     print(f"{folder.relative_to(ROOT)}: {facts['parameters'] / 1e6:.2f} M parameters")
     print(
         f"held-out loss {facts['heldout_loss']:.2f} nats a token, {facts['share_of_uniform']:.0%} of guessing "
