@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("config", "folder", "run_dir", "out"):
         if typed := getattr(options, name):
             setattr(options, name, at_root(typed))
-    model = options.model if options.model in SHAPES else str(at_root(options.model))
+    model = str(at_root(options.model)) if Path(options.model).exists() else options.model
     go_to_root()
     shape = shape_of(model)
     if options.layers:

@@ -126,7 +126,7 @@ BAD = {
     ),
     "dryrun: no such model": (
         "dryrun --model nonsense --run-dir {out}",
-        "nonsense' is neither one of tiny, llama32_1b,",
+        "'nonsense' is neither one of tiny, llama32_1b,",
     ),
     "dryrun: no such config": (
         "dryrun --model tiny --config nope.yaml --run-dir {out}",
@@ -245,6 +245,9 @@ def test_a_run_finds_the_parameters_that_were_typed_in_a_subfolder(tmp_path, mon
 
 def test_a_dry_run_finds_the_config_that_was_typed_in_a_subfolder(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.yaml").write_text("distributed_type: FSDP\n")
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert main(["dryrun", "--model", "nonsense"]) == 1
+    assert "\n'nonsense' is neither" in capsys.readouterr().err  # as it was typed
     monkeypatch.chdir(tmp_path)
     assert main(["dryrun", "--model", "tiny", "--config", "mine.yaml", "--run-dir", "out"]) == 1
     assert f"{tmp_path}/mine.yaml says distributed_type: FSDP" in capsys.readouterr().err
