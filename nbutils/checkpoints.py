@@ -207,7 +207,7 @@ def newest_complete(output: Path, say: Callable = print) -> Path | None:
         if problem is None:
             return folder
         problems.append(f"{folder.name} cannot be used: {problem}.")
-        # One string: each argument would be a write of its own, and the launcher marks the lines of ranks write by write.
+        # One string: each argument would be a write of its own, and the launcher marks a rank's lines write by write.
         say(f"{problems[-1]} Looking at the one before it.\n", end="", flush=True)
     if problems:
         raise CheckpointError(
