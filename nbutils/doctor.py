@@ -217,11 +217,9 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
     size = "memory unknown" if smallest is None else f"{smallest:.1f} GiB"
     checks = [Check("GPUs", f"{len(gpus)} x {gpus[0]['name']}, {size}")]
     if len(gpus) == 1:
-        checks[0].verdict, checks[0].mend = WARN, "FSDP shards over two or more GPUs; one needs no FSDP."
-        if not model.gpu_needed:
-            checks[
-                0
-            ].mend = "The course shards over two. Rehearse it on the CPU: CUDA_VISIBLE_DEVICES= make tutorial"
+        no_need = "FSDP shards over two or more GPUs; one needs no FSDP."
+        rehearse = "The course shards over two. Rehearse it on the CPU: CUDA_VISIBLE_DEVICES= make tutorial"
+        checks[0].verdict, checks[0].mend = WARN, no_need if model.gpu_needed else rehearse
     checks.append(_check_bf16([gpu["capability"] for gpu in gpus]))
     if len(gpus) > 1:
         checks.append(Check("GPU link", how_linked(gpus[0]["index"], gpus[1]["index"])))
