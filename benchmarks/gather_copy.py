@@ -42,10 +42,15 @@ COPIES = {
 }
 
 
-def copied(source: torch.Tensor, copy) -> dict:
-    """How many of the patterns and bytes of `source` the copy changed, and how many patterns are NaN in bf16."""
+def copied(source: torch.Tensor, copy) -> torch.Tensor:
+    """What the copy makes of `source`."""
     target = torch.empty_like(source)
     copy(source, target)
+    return target
+
+
+def changes(source: torch.Tensor, target: torch.Tensor) -> dict:
+    """How many patterns and bytes of `source` are others in `target`, and how many patterns are NaN in bf16."""
     before, after = source.view(torch.int16), target.view(torch.int16)
     return {
         "patterns": source.numel(),
@@ -53,7 +58,6 @@ def copied(source: torch.Tensor, copy) -> dict:
         "patterns_changed": (before != after).sum().item(),
         "bytes_changed": (source.view(torch.uint8) != target.view(torch.uint8)).sum().item(),
         "distinct_results_of_changed": after[before != after].unique().numel(),
-        "_target": target,
     }
 
 
@@ -82,9 +86,9 @@ def on(device: str) -> dict:
     whole = dequantize_4bit(packed, state).float()
     result = {}
     for name, copy in COPIES.items():
-        patterns, layer = copied(every, copy), copied(packed, copy)
-        patterns.pop("_target")
-        other = dequantize_4bit(layer.pop("_target"), state).float()
+        target = copied(packed, copy)
+        patterns, layer = changes(every, copied(every, copy)), changes(packed, target)
+        other = dequantize_4bit(target, state).float()
         layer["weights"] = whole.numel()
         layer["weights_changed"] = (whole != other).sum().item()
         layer["error_relative_to_weights"] = ((whole - other).norm() / whole.norm()).item()

@@ -286,7 +286,7 @@ def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
 
 
 def hub_home() -> Path:
-    """The folder of the hub's client, as huggingface_hub.constants finds it; importing that would take a second."""
+    """The hub client's folder, as huggingface_hub.constants finds it; the doctor also runs where that is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     return Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser()
 
