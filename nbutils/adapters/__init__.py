@@ -1,0 +1,1 @@
+"""What was trained: gather, save, prove, export, merge."""

@@ -1,0 +1,1 @@
+"""Paths, ranks, versions, host memory, provenance: what every room needs. Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Rows in: forms, templates, what is learned."""

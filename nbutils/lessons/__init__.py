@@ -1,0 +1,1 @@
+"""What a notebook cell needs and training does not: figures, exercises, records, troubles."""

@@ -1,0 +1,1 @@
+"""The series as a product: papermill runner, refresh, workshop, site."""

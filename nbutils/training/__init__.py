@@ -1,0 +1,1 @@
+"""What the script imports to train: prep, preflight, checks of what runs, trainer, progress."""
