@@ -17,12 +17,12 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from transformers import set_seed
 
-from nbutils.data import load_conversations
-from nbutils.loading import load_nf4, load_tokenizer
-from nbutils.prep import prepare_for_fsdp_qlora
-from nbutils.provenance import provenance
-from nbutils.rehearsal import keep_four_bit_weights_in_order
-from nbutils.tiny import tiny_base
+from nbutils.common.provenance import provenance
+from nbutils.data.rows import load_conversations
+from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
+from nbutils.models.loading import load_nf4, load_tokenizer
+from nbutils.models.tiny import tiny_base
+from nbutils.training.prep import prepare_for_fsdp_qlora
 
 ROWS, LENGTH = 2, 128  # a batch is (ROWS, LENGTH) tokens
 WINDOW = 10  # steps averaged for one point of the curve

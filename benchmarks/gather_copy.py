@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from nbutils.provenance import provenance
+from nbutils.common.provenance import provenance
 
 SHAPE = (8192, 8192)  # q_proj of Llama 3.1 70B
 

@@ -21,11 +21,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nbutils.checkpoints import newest_complete
-from nbutils.course import ROOT, go_to_root
-from nbutils.launch import LaunchFailed, launch
-from nbutils.provenance import provenance
-from nbutils.recipe import write_script
+from nbutils.adapters.checkpoint_folder import newest_complete
+from nbutils.common.paths import ROOT, go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.launch import LaunchFailed, launch
+from nbutils.launching.script_file import write_script
 
 FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
 OFFLOADED = "configs/accelerate/config_fsdp2_offload.yaml"
@@ -72,7 +72,7 @@ CASES = {
     "out of GPU memory": {
         "config": FSDP1,
         "variables": {"NBUTILS_CAP_GIB": "10"},
-        "module": "nbutils.measure",
+        "module": "nbutils.launching.measured_run",
         "big": True,
         "settings": {"max_length": 4096, "per_device_train_batch_size": 4, "completion_only_loss": "false"},
         "rows": "a b c d e f g h " * 520,

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from nbutils.course import ROOT, go_to_root
-from nbutils.provenance import provenance
-from nbutils.recipe import script_text
-from nbutils.tiny import tiny_base
+from nbutils.common.paths import ROOT, go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.script_file import script_text
+from nbutils.models.tiny import tiny_base
 
 MARK = 'print("mark {0} %.3f" % __import__("time").time(), flush=True)\n'
 # A mark, and the beginning of the line of the script before which it stands.
@@ -59,7 +59,7 @@ IMPORTS = {
 
 def marked_script(tree: Path) -> str:
     """The training script of a tree with a print at each mark."""
-    show = "from nbutils.recipe import script_text; print(script_text(), end='')"
+    show = "from nbutils.launching.script_file import script_text; print(script_text(), end='')"
     text = subprocess.run(
         [sys.executable, "-c", show],
         cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True,
@@ -87,7 +87,7 @@ def run(tree: Path, folder: Path) -> dict:
     settings = {"model": str(tiny_base().resolve()), "output_dir": str(progress.parent), **SETTINGS}
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
     words = ["--config_file", "configs/accelerate/rehearsal_fsdp1.yaml", "--main_process_port", "0"]
-    words += ["-m", "nbutils.rehearsal", str(script), "--config", str(folder / "train.yaml")]
+    words += ["-m", "nbutils.launching.rehearsal", str(script), "--config", str(folder / "train.yaml")]
     cpu, begun, first = cpu_seconds(), time.time(), None
     with (folder / "log").open("w") as log:
         launcher = subprocess.Popen(

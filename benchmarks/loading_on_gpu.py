@@ -14,10 +14,11 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from nbutils.course import go_to_root
-from nbutils.loading import load_nf4, nf4_config
-from nbutils.provenance import provenance
-from nbutils.shapes import Shape, config_of, shape_of
+from nbutils.common.paths import go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.models.loading import load_nf4
+from nbutils.models.nf4 import nf4_config
+from nbutils.planning.shapes import Shape, config_of, shape_of
 
 
 def write_bf16(shape: Shape, folder: str) -> int:

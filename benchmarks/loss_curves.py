@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from nbutils.course import go_to_root
-from nbutils.launch import choose_config, launch
-from nbutils.provenance import provenance
-from nbutils.recipe import write_script
-from nbutils.tiny import tiny_base
+from nbutils.common.paths import go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.launch import choose_config, launch
+from nbutils.launching.script_file import write_script
+from nbutils.models.tiny import tiny_base
 
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl",

@@ -17,9 +17,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nbutils.course import go_to_root
-from nbutils.dryrun import describe, dry_run, prepare
-from nbutils.shapes import shape_of
+from nbutils.common.paths import go_to_root
+from nbutils.launching.dry_run import describe, dry_run
+from nbutils.launching.random_weights import prepare
+from nbutils.planning.shapes import shape_of
 
 FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
 ON_GPU = ("fsdp_offload_params=false",)

@@ -29,10 +29,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
-from nbutils import configs, rehearsal
-from nbutils.exact_gather import gather_as_bytes
-from nbutils.loading import load_nf4
-from nbutils.provenance import provenance
+from nbutils.common.provenance import provenance
+from nbutils.launching import config_files as configs
+from nbutils.launching import rehearsal
+from nbutils.models.loading import load_nf4
+from nbutils.patches.fsdp2_gather import gather_as_bytes
 
 SHAPES = {  # small enough for the machine, large enough that padding does not blur the numbers
     "cpu": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4},

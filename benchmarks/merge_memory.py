@@ -19,9 +19,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from nbutils.merging import merge
-from nbutils.provenance import provenance
-from nbutils.saving import WEIGHTS
+from nbutils.adapters.merge import merge
+from nbutils.adapters.save import WEIGHTS
+from nbutils.common.provenance import provenance
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KV = 8192, 28672, 128256, 1024
 LAYER = {

@@ -16,11 +16,11 @@ from pathlib import Path
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from nbutils.course import go_to_root
-from nbutils.launch import launch
-from nbutils.progress import read_progress
-from nbutils.provenance import provenance
-from nbutils.recipe import write_script
+from nbutils.common.paths import go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.launch import launch
+from nbutils.launching.script_file import write_script
+from nbutils.training.progress_log import read_progress
 
 STEPS, EVERY = 8, 4
 FSDP1 = "configs/accelerate/config_fsdp.yaml"

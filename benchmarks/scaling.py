@@ -25,13 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from nbutils.configs import variant
-from nbutils.course import go_to_root
-from nbutils.dryrun import describe, dry_run, measured, prepare, settings_for, write_script
-from nbutils.launch import no_accelerator
-from nbutils.machines import bytes_between_machines, tokens_per_second
-from nbutils.provenance import provenance
-from nbutils.shapes import Setup, Shape, shape_of
+from nbutils.common.devices import no_accelerator
+from nbutils.common.paths import go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.config_files import variant
+from nbutils.launching.dry_run import describe, dry_run, settings_for
+from nbutils.launching.measurements import measured
+from nbutils.launching.random_weights import prepare
+from nbutils.launching.script_file import write_script
+from nbutils.planning.network_traffic import bytes_between_machines, tokens_per_second
+from nbutils.planning.run_setup import Setup
+from nbutils.planning.shapes import Shape, shape_of
 
 RECIPE, TWO_MACHINES = "configs/accelerate/config_fsdp.yaml", "configs/machines/two_machines_fsdp1.yaml"
 HYBRID = "configs/machines/two_machines_hybrid.yaml"
@@ -152,7 +156,7 @@ def two_machines(
     script = write_script(folder)
     settings = settings_for(folder, weights, batch, length, steps, lora_r=16, world_size=world_size)
     os.environ["NBUTILS_MEASURE_DIR"] = str(folder / "ranks")
-    words = ("nbutils.measure", str(script), "--config", str(settings))
+    words = ("nbutils.launching.measured_run", str(script), "--config", str(settings))
     with Loopback() as loopback:
         wait(start_on_two_machines(config, ranks, folder, 29612, *words), folder, 240)
     seen = measured(folder, None, world_size * batch * length)

@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nbutils.course import go_to_root
-from nbutils.measure import set_cap
-from nbutils.provenance import provenance
+from nbutils.common.paths import go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.measured_run import set_cap
 
 GIB = 2**30
 PROMPT = "How do I water a plant that looks dry?"

@@ -5,7 +5,8 @@ import math
 import sys
 from pathlib import Path
 
-from nbutils.course import RUNS, at_root, drop_noise, from_here
+from nbutils.common.noise import drop_noise
+from nbutils.common.paths import RUNS, at_root, from_here
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,20 +122,20 @@ def _command(arguments: list[str] | None) -> int:
     if options.command == "refresh":
         return _refresh(options)
     if options.command == "doctor":
-        from nbutils.doctor import main as doctor
+        from nbutils.planning.doctor import main as doctor
 
         return doctor(others)
 
     if options.command == "dryrun":
-        from nbutils.dryrun import main as dryrun
+        from nbutils.launching.dry_run import main as dryrun
 
         return dryrun(others)
     if options.command == "workshop":
-        from nbutils.proving import main as workshop
+        from nbutils.publishing.workshop_proof import main as workshop
 
         return workshop(options.out, options.prove)
     if options.command == "site":
-        from nbutils.site import main as site
+        from nbutils.publishing.site import main as site
 
         return site(options.out)
     if options.command == "quantise":
@@ -142,15 +143,15 @@ def _command(arguments: list[str] | None) -> int:
     if options.command in ("merge", "export"):
         return _merge_or_export(options)
     if options.command == "script":
-        from nbutils.recipe import write_script
+        from nbutils.launching.script_file import write_script
 
         print(write_script(options.folder))
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nbutils.parameters import BadParameters
-    from nbutils.runner import NOTEBOOKS, run_series
+    from nbutils.publishing.parameters import BadParameters
+    from nbutils.publishing.runner import NOTEBOOKS, run_series
 
     try:
         run_series(
@@ -180,8 +181,8 @@ def _value_at_root(text: str) -> str:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from nbutils.launch import choose_config, launch
-    from nbutils.out_of_memory import settings_of
+    from nbutils.launching.launch import choose_config, launch
+    from nbutils.launching.out_of_memory import settings_of
 
     try:
         _look_first(options)
@@ -205,15 +206,15 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _look_first(options: argparse.Namespace) -> None:
     """If the script is the course's, look at what it will be given before any rank starts."""
-    from nbutils.glance import look
-    from nbutils.out_of_memory import settings_of
+    from nbutils.launching.first_look import look
+    from nbutils.launching.out_of_memory import settings_of
 
     if options.script.is_file() and "refuse_before_loading" in options.script.read_text(encoding="utf-8"):
         look(settings_of(options.arguments))
 
 
 def _refresh(options: argparse.Namespace) -> int:
-    from nbutils.reading import refresh
+    from nbutils.publishing.refresh import refresh
 
     changed = refresh(check_only=options.check)
     print("\n".join(changed) or "Every notebook says what it said before.")
@@ -222,11 +223,11 @@ def _refresh(options: argparse.Namespace) -> int:
 
 def _merge_or_export(options: argparse.Namespace) -> int:
     if options.command == "merge":
-        from nbutils.merging import merge
+        from nbutils.adapters.merge import merge
 
         done = merge(options.base, options.adapter, options.out)
     else:
-        from nbutils.checkpoints import export_adapter
+        from nbutils.adapters.export import export_adapter
 
         done = export_adapter(options.checkpoint, options.out)
     print(f"{options.out}: " + ", ".join(f"{name} {value}" for name, value in done.items()))
@@ -234,7 +235,7 @@ def _merge_or_export(options: argparse.Namespace) -> int:
 
 
 def _quantise(options: argparse.Namespace) -> int:
-    from nbutils.loading import quantise_checkpoint
+    from nbutils.models.loading import quantise_checkpoint
 
     size = quantise_checkpoint(options.model, options.out)
     print(f"{options.out}: {size / 1e9:.2f} GB of tensors, linear layers in NF4")

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nbutils.provenance import provenance
+from nbutils.common.provenance import provenance
 
 
 def record(what: str, command: str, **results) -> None:

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from nbutils.common.ranks import agree, rank
+
 WRAPPER_SEGMENTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
@@ -52,27 +54,6 @@ class Piece:
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the same part of a whole tensor of shape `shape`, in the shape of `held`."""
         return whole.flatten()[self.start : self.start + self.held.numel()].view(self.held.shape)
-
-
-def rank() -> int:
-    """Return this process's number: 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def agree(problem: str | None, error: type[Exception]) -> None:
-    """Raise on every rank what any rank found, so that none waits for one that has given up.
-
-    Args:
-        problem: what this rank found, or None.
-        error: the type to raise.
-    """
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for number, found in enumerate(problems):
-        if found is not None:
-            raise error(found if number == rank() else f"Rank {number}: {found}")
 
 
 def peft_model(model: torch.nn.Module) -> PeftModel:

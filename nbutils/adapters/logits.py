@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from nbutils.saving import AdapterMismatch
-from nbutils.shards import agree, compute_device, peft_model, rank
+from nbutils.adapters.gather import compute_device, peft_model
+from nbutils.adapters.save import AdapterMismatch
+from nbutils.common.ranks import agree, rank
 
 # Largest difference allowed, as a part of the largest logit. 2**-8 is the rounding step of bf16: FSDP and one
 # process may add up in another order, and each layer rounds once more.

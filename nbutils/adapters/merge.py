@@ -17,9 +17,10 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from nbutils.download import local_folder, read_config
-from nbutils.saving import CONFIG, WEIGHTS, fsync
-from nbutils.tensorfile import Entry, layout_of, read_tensor, write_tensors
+from nbutils.adapters.save import CONFIG, WEIGHTS
+from nbutils.common.disk import fsync
+from nbutils.models.hub import local_folder, read_config
+from nbutils.models.safetensors_writer import Entry, layout_of, read_tensor, write_tensors
 
 PREFIX = "base_model.model."  # what PEFT puts before the base's names
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}

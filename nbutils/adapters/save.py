@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -12,20 +11,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from nbutils.shards import (
-    Gathered,
+from nbutils.adapters.gather import (
     Piece,
     SaveError,
-    agree,
     compute_device,
     gather_adapter,
     missing_keys,
     own_pieces,
     peft_model,
-    rank,
 )
-
-__all__ = ["AdapterMismatch", "Gathered", "SaveError", "gather_adapter", "save_adapter", "verify_adapter"]
+from nbutils.common.disk import fsync
+from nbutils.common.ranks import agree, rank
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -227,15 +223,6 @@ def _swap(unfinished: Path, folder: Path) -> None:
         folder.rename(previous)
     unfinished.rename(folder)
     fsync(folder.parent)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk and survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_name_difference(

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 
-from nbutils.course import ROOT
-from nbutils.launch import no_accelerator
+from nbutils.common.devices import no_accelerator
+from nbutils.common.paths import ROOT
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors")
 
 
 def provenance(command: str, commit_here: str = "") -> dict:
-    """What every record says about itself; `nbutils.recorded.label` reads it.
+    """What every record says about itself; `nbutils.lessons.records.label` reads it.
 
     Args:
         command: that made it, without what is this machine's own.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from nbutils.hybrid import hybrid_fault
+from nbutils.planning.hybrid_shard import hybrid_fault
 
 # What FSDP 1 reads and FSDP 2 ignores, with what stands in its place.
 ONLY_FSDP1 = {
@@ -128,7 +128,7 @@ def _ranks(content: dict, num_processes: int | None):
 
 def _way_out(gpus: int, machines: int) -> str:
     if not gpus:
-        return "Launch the rehearsal: -m nbutils.rehearsal, or look at CUDA_VISIBLE_DEVICES."
+        return "Launch the rehearsal: -m nbutils.launching.rehearsal, or look at CUDA_VISIBLE_DEVICES."
     fewer = f"Set num_processes to {gpus * machines}, or look at CUDA_VISIBLE_DEVICES."
     rehearse = " The course on CPU processes instead: CUDA_VISIBLE_DEVICES= make tutorial"
     return fewer + rehearse * (gpus == 1)
@@ -165,7 +165,7 @@ def _refuse_mixed_precision(file, content: dict) -> None:
 
 def _refuse_what_the_plugin_refuses(file) -> None:
     """A misspelt value, such as FULLSHARD: accelerate itself finds it only when the trainer is made, after loading."""
-    from nbutils.configs import resolve
+    from nbutils.launching.config_files import resolve
 
     try:
         resolve(file)

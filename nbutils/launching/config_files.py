@@ -11,7 +11,7 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-from nbutils.needs import MODELS, gpu_gib
+from nbutils.planning.model_needs import MODELS, gpu_gib
 
 RECIPE = Path("configs/accelerate/config_fsdp.yaml")
 RECIPE_FSDP2 = Path("configs/accelerate/config_fsdp2.yaml")
@@ -134,7 +134,7 @@ def for_machine(gpus: int, vram_gib: float, model: str = "llama31_70b") -> Clust
     Args:
         gpus: number of GPUs in this machine; one process each.
         vram_gib: memory of the smallest of them, as nvidia-smi shows it, in GiB.
-        model: a name in nbutils.needs.MODELS.
+        model: a name in nbutils.planning.model_needs.MODELS.
 
     Returns:
         Accelerate's own config object; `to_yaml_file` writes it.

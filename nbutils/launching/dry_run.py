@@ -4,30 +4,26 @@ Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing
 import os
-import re
 import shutil
-import sys
-import threading
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 import yaml
 
-from nbutils.config_faults import refuse_bad_config
-from nbutils.course import RUNS, at_root, drop_noise, go_to_root
-from nbutils.launch import LaunchFailed, launch, launch_command, no_accelerator
-from nbutils.memory import Plan, plan
-from nbutils.memory_items import GIB, LIBRARIES_CPU
-from nbutils.progress import read_progress
-from nbutils.provenance import provenance
-from nbutils.recipe import SCRIPT, write_script
-from nbutils.shapes import SHAPES, Choices, Setup, Shape, config_of, shape_of
+from nbutils.common.devices import no_accelerator
+from nbutils.common.paths import RUNS, at_root, go_to_root
+from nbutils.common.provenance import provenance
+from nbutils.launching.config_faults import refuse_bad_config
+from nbutils.launching.launch import LaunchFailed, launch, launch_command
+from nbutils.launching.measurements import HostMemory, measured
+from nbutils.launching.random_weights import prepare
+from nbutils.launching.script_file import SCRIPT, write_script
+from nbutils.planning.memory_items import GIB, LIBRARIES_CPU
+from nbutils.planning.memory_plan import Plan, plan
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import SHAPES, Shape, shape_of
 
 PREDICTION = "prediction.json"  # by it a dry run knows the folder of another one
 REPLACED = ("train", "ranks", "train.yaml", "train.jsonl", "heldout.jsonl", "train.log", SCRIPT)
@@ -154,7 +150,7 @@ def dry_run(
         BadConfig: there is no such config, or it would not start what was meant.
         FileExistsError: `run_dir` holds what a dry run would replace and did not write.
     """
-    from nbutils.launch import choose_config
+    from nbutils.launching.launch import choose_config
 
     config = Path(config) if config else choose_config()
     run_dir = Path(run_dir or RUNS / "dryrun" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"))
@@ -179,7 +175,7 @@ def dry_run(
     if trace:
         variables["NBUTILS_PEAK_TRACE"] = "1"
     shutil.rmtree(run_dir / "ranks", ignore_errors=True)
-    what = (script, ["--config", str(settings)], config, "nbutils.measure", world_size)
+    what = (script, ["--config", str(settings)], config, "nbutils.launching.measured_run", world_size)
     record = {
         **provenance(
             " ".join([*(f"{name}={value}" for name, value in variables.items()), *launch_command(*what)]),
@@ -198,7 +194,7 @@ def dry_run(
             "accelerate_config": str(config),
             "changes": list(changes),
             "settings": list(extra),
-            "spare_host_memory": True,  # see nbutils.offload
+            "spare_host_memory": True,  # see nbutils.patches.fsdp1_pinned_memory
         },
         "outcome": "ok",
         "predicted": predicted,
@@ -228,59 +224,6 @@ def dry_run(
 
 
 # ---- the random weights ---------------------------------------------------------------------------------------------
-
-
-def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
-    """Write an NF4 checkpoint of random weights in the given shape, unless it is there already.
-
-    Args:
-        shape: of the model.
-        folder: where such checkpoints are kept; None means `runs/cache`.
-
-    Returns:
-        The folder of the checkpoint: config, tokenizer (of 1,024 tokens, all within the vocabulary) and shards.
-    """
-    target = Path(folder or RUNS / "cache") / f"random-{shape.name}-{shape.layers}"
-    if not (target / "complete.json").exists():
-        shutil.rmtree(target, ignore_errors=True)
-        # In a process of its own: its CUDA context must not stay on the GPU that is measured.
-        maker = multiprocessing.get_context("spawn").Process(target=_make_weights, args=(shape, target))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise ChildProcessError(f"Making random weights in {target} failed; its message stands above.")
-    return target
-
-
-def _make_weights(shape: Shape, target: Path) -> None:
-    import torch
-
-    from nbutils.loading import empty_model, linear_weights
-    from nbutils.quantise import write_nf4
-    from nbutils.tiny import read_prose, train_tokenizer
-
-    drop_noise()
-    started = time.monotonic()
-    config = config_of(shape)
-    model = empty_model(config, pre_quantised=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random_tensors():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                yield name, torch.ones(parameter.shape, dtype=torch.bfloat16)
-            else:
-                weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-                yield name, weight.normal_(0.0, 0.02, generator=generator)
-
-    size = write_nf4(target, config, random_tensors(), linear_weights(model), device)
-    tokenizer = train_tokenizer(read_prose()[0])
-    tokenizer.model_max_length = 131072
-    tokenizer.save_pretrained(target)
-    facts = {"bytes": size, "seconds": round(time.monotonic() - started, 1)}
-    (target / "complete.json").write_text(json.dumps(facts) + "\n")
-    print(f"{target}: {size / 1e9:.1f} GB of random NF4 weights in {facts['seconds']:.0f} s", flush=True)
 
 
 def settings_for(
@@ -366,134 +309,6 @@ def _changed(config: Path, changes: list[str], run_dir: Path) -> Path:
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
-class HostMemory:
-    """Watch the host memory of all ranks together while a launch runs; a page that ranks share counts once.
-
-    Args:
-        folder: where each rank's file names its process id.
-        interval: seconds between two looks.
-    """
-
-    def __init__(self, folder: Path, interval: float = 1.0):
-        self.folder, self.interval = folder, interval
-        self.samples: list[dict] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def peak(self) -> dict:
-        """The sample with the most memory that cannot be taken back: anonymous, shared and pinned."""
-        return max(self.samples, key=lambda sample: sample["held"], default={})
-
-    def _run(self) -> None:
-        while not self._stop.wait(self.interval):
-            sample = {"time": time.time(), "rss": 0, "anonymous": 0, "shared": 0, "file": 0, "pinned": 0}
-            for rank in sorted(self.folder.glob("rank*.jsonl")):
-                lines = rank.read_text(encoding="utf-8").splitlines()
-                if not lines:
-                    continue
-                sample["pinned"] += json.loads(lines[-1]).get("pinned", 0)
-                for name, value in _smaps(json.loads(lines[0])["pid"]).items():
-                    sample[name] += value
-            sample["system"] = psutil.virtual_memory().total - psutil.virtual_memory().available
-            sample["held"] = sample["anonymous"] + sample["shared"]
-            self.samples.append(sample)
-
-
-def _smaps(pid: int) -> dict[str, int]:
-    """A process's memory from `/proc/PID/smaps_rollup`, each shared page divided among those who share it."""
-    names = {"Rss": "rss", "Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "file"}
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
-    except OSError:  # the process has ended, or the system has no such file
-        return {}
-    found = re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)
-    return {names[name]: int(value) * 1024 for name, value in found if name in names}
-
-
-def measured(run_dir: Path, host: HostMemory | None, tokens_a_step: int) -> dict:
-    """What a run under `nbutils.measure` left behind; benchmarks/README.md names the keys.
-
-    Args:
-        run_dir: with `ranks/` and `train/`.
-        host: that watched it; None leaves host memory at 0.
-        tokens_a_step: over all ranks.
-    """
-    ranks = [_lines(path) for path in sorted((run_dir / "ranks").glob("rank*.jsonl"))]
-    samples = host.samples if host else []
-    peak = host.peak() if host else {}
-    steps = [line for line in ranks[0] if line["phase"] == "step"] if ranks else []
-    seconds = [round(b["time"] - a["time"], 3) for a, b in itertools.pairwise(steps)]
-    counted = seconds[1:]  # from the end of step 2 on: the first two steps warm up
-    mean = sum(counted) / len(counted) if counted else None
-    peaks = [max((line.get("peak", 0) for line in lines), default=0) for lines in ranks]
-    run = run_dir / "train" / "run.json"
-    return {
-        "gpu_peak_bytes": max(peaks, default=0),
-        "gpu_peak_bytes_per_rank": peaks,
-        "gpu_reserved_bytes": max(
-            (line.get("reserved_peak", 0) for lines in ranks for line in lines), default=0
-        ),
-        "gpu_outside_allocator_bytes": max(
-            (line.get("outside", 0) for lines in ranks for line in lines), default=0
-        ),
-        "phases": {
-            name: [_peak_until(lines, name) for lines in ranks]
-            for name in ("loaded", "wrapped", "trained", "end")
-        },
-        "host_bytes": peak.get("held", 0),
-        "host": peak,
-        "host_file_bytes": max((sample["file"] for sample in samples), default=0),
-        "host_pinned_bytes": sum(
-            max((line.get("pinned", 0) for line in lines), default=0) for lines in ranks
-        ),
-        "seconds": {
-            "load": _between(ranks, "load begins", "loaded"),
-            "wrap": _between(ranks, "train begins", "wrapped"),
-            "to_first_step": _between(ranks, "start", "step"),
-            "total": _between(ranks, "start", "end"),
-        },
-        "all_step_seconds": seconds,
-        "step_seconds": round(mean, 4) if mean else None,
-        "tokens_per_second": round(tokens_a_step / mean, 1) if mean else None,
-        "losses": [line["loss"] for line in read_progress(run_dir / "train") if "loss" in line],
-        "run": json.loads(run.read_text(encoding="utf-8")) if run.exists() else None,
-    }
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _peak_until(lines: list[dict], phase: str) -> int | None:
-    """The highest allocation between the phase before (of those that are reported) and this one."""
-    order = {"loaded": "start", "wrapped": "loaded", "trained": "wrapped", "end": "trained"}
-    names = [line["phase"] for line in lines]
-    if phase not in names or order[phase] not in names:
-        return None
-    first, last = names.index(order[phase]), names.index(phase)
-    return max((line.get("peak", 0) for line in lines[first + 1 : last + 1]), default=0)
-
-
-def _between(ranks: list[list[dict]], first: str, last: str) -> float | None:
-    """Seconds from a moment to another, of the slowest rank."""
-    found = []
-    for lines in ranks:
-        times = {}
-        for line in lines:
-            times.setdefault(line["phase"], line["time"])
-        if first in times and last in times:
-            found.append(times[last] - times[first])
-    return round(max(found), 2) if found else None
-
-
 # ---- the record -----------------------------------------------------------------------------------------------------
 
 
@@ -547,9 +362,3 @@ def describe(result: dict) -> str:
         f"outcome: {result['outcome']} (predicted: {predicted['outcome']}) {result.get('error', '')[:300]}"
     )
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    from nbutils.__main__ import main as command_line
-
-    sys.exit(command_line(["dryrun", *sys.argv[1:]]))

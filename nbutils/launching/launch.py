@@ -21,15 +21,16 @@ from pathlib import Path
 
 import psutil
 
-from nbutils.config_faults import refuse_bad_config
-from nbutils.course import ROOT, from_here
-from nbutils.follow import read_progress
-from nbutils.kernel_memory import give_back
-from nbutils.out_of_memory import advice
+from nbutils.common.devices import gpus_shown, no_accelerator
+from nbutils.common.paths import ROOT, from_here
+from nbutils.common.progress_file import read_progress
+from nbutils.launching.config_faults import refuse_bad_config
+from nbutils.launching.kernel_memory import give_back
+from nbutils.launching.out_of_memory import advice
 
 POLL = 0.25  # seconds between two looks at the run
 GRACE = 3.0  # seconds a rank has to end by itself before it is killed
-REHEARSAL = "nbutils.rehearsal"
+REHEARSAL = "nbutils.launching.rehearsal"
 
 
 class LaunchFailed(RuntimeError):
@@ -88,18 +89,6 @@ def choose_config(fsdp_version: int = 1, rehearsal: bool | None = None) -> Path:
     )
 
 
-def no_accelerator() -> bool:
-    """Whether this machine shows no CUDA device."""
-    return gpus_shown() == 0
-
-
-def gpus_shown() -> int:
-    """CUDA devices of this machine; asks the driver and creates no CUDA context in this process."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def launch(
     script: str | Path,
     args: list[str],
@@ -122,8 +111,8 @@ def launch(
         config: YAML file for `accelerate launch`.
         log: file for the output of all ranks, each line with its rank; its folder is made if missing. The output
             of each rank on its own, and its error, go into a folder beside it.
-        rehearsal: run real FSDP on the CPU (see `nbutils.rehearsal`); None means: if no CUDA device is seen.
-        module: a Python module that runs the script in place of `nbutils.rehearsal`.
+        rehearsal: run real FSDP on the CPU (see `nbutils.launching.rehearsal`); None means: if no CUDA device is seen.
+        module: a Python module that runs the script in place of `nbutils.launching.rehearsal`.
         num_processes: ranks; None means what the file says.
         output_dir: folder where the script writes `progress.jsonl`; without it only the time passed is shown.
         timeout: seconds after which every rank is ended.

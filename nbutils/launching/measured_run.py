@@ -1,6 +1,6 @@
 """Run a training script unchanged, under a memory cap if you like, and write down what each rank used.
 
-Run as: accelerate launch --config_file CONFIG -m nbutils.measure SCRIPT.py ...
+Run as: accelerate launch --config_file CONFIG -m nbutils.launching.measured_run SCRIPT.py ...
 with NBUTILS_MEASURE_DIR=folder and, for a cap, NBUTILS_CAP_GIB=22.5 in the environment.
 
 The script knows nothing of this: the phases are seen from outside, by standing around `load_nf4`, `Trainer.train`
@@ -92,7 +92,7 @@ def watch(phases: Phases, at_end: Callable[[], None]) -> None:
     """
     from transformers import Trainer, TrainerCallback
 
-    import nbutils.loading
+    import nbutils.models.loading
 
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -105,7 +105,7 @@ def watch(phases: Phases, at_end: Callable[[], None]) -> None:
             phases.mark("trained")
             at_end()
 
-    plain_load, plain_train = nbutils.loading.load_nf4, Trainer.train
+    plain_load, plain_train = nbutils.models.loading.load_nf4, Trainer.train
 
     @functools.wraps(plain_load)
     def load_nf4(*args, **kwargs):
@@ -120,7 +120,7 @@ def watch(phases: Phases, at_end: Callable[[], None]) -> None:
         phases.mark("train begins")
         return plain_train(self, *args, **kwargs)
 
-    nbutils.loading.load_nf4 = load_nf4
+    nbutils.models.loading.load_nf4 = load_nf4
     Trainer.train = train
 
 
@@ -135,14 +135,14 @@ def main() -> None:
         if cap := os.environ.get("NBUTILS_CAP_GIB"):
             set_cap(float(cap), local_rank)
     else:
-        from nbutils import rehearsal
+        from nbutils.launching import rehearsal
 
         rehearsal.enable()
     peak_trace = os.environ.get("NBUTILS_PEAK_TRACE") and torch.cuda.is_available()
 
     def write_trace() -> None:
         if peak_trace:
-            from nbutils.peak import write_peak
+            from nbutils.launching.memory_snapshot import write_peak
 
             write_peak(phases.path.with_name(f"peak_rank{rank}.json"))
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import yaml
 
-from nbutils.doctor import find_gpus
-from nbutils.memory import OUTSIDE, plan, what_to_change
-from nbutils.memory_items import GIB
-from nbutils.shapes import Choices, Setup, shape_of
+from nbutils.common.nvidia_smi import find_gpus
+from nbutils.planning.memory_items import GIB
+from nbutils.planning.memory_plan import OUTSIDE, plan, what_to_change
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import shape_of
 
 
 def advice(arguments: list[str], config: str | Path, num_processes: int | None = None) -> str:

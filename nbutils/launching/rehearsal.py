@@ -1,6 +1,6 @@
 """Let Accelerate run real FSDP on processes that have no accelerator.
 
-Run as: `accelerate launch --config_file configs/accelerate/rehearsal_fsdp1.yaml -m nbutils.rehearsal SCRIPT.py ...`
+Run as: `accelerate launch --config_file CONFIG -m nbutils.launching.rehearsal SCRIPT.py ...`
 
 The training script knows nothing of this. On a CPU, Accelerate reads `distributed_type: FSDP` from the
 file and then trains with plain DDP, without a word. `enable()` removes what stands in the way of FSDP there, and what
@@ -17,7 +17,8 @@ spoils what a run computes or saves:
 6. On a CPU, transformers leaves `ddp_timeout` out when it makes the process group, and a rank would wait half an hour
    for one that is gone.
 7. FSDP 1 takes the number of devices for the ranks of a machine when it makes the groups of HYBRID_SHARD, and torch
-   counts one CPU. Here a machine counts as many devices as it has ranks, as one with GPUs does (nbutils.hybrid).
+   counts one CPU. Here a machine counts as many devices as it has ranks, as one with GPUs does
+   (nbutils.planning.hybrid_shard).
 
 A tiny launch is mostly imports. Three things make them and the end of the process shorter; what each one saves stands
 in docs/speed_log.md: less garbage collection, an end without the interpreter's own, and bitsandbytes without torch's
@@ -135,7 +136,7 @@ def main() -> None:
     """Enable the rehearsal, then run the script named on the command line as `__main__`."""
     if len(sys.argv) < 2:
         raise SystemExit(
-            "nbutils.rehearsal: name the script to run: -m nbutils.rehearsal SCRIPT.py [arguments]"
+            "nbutils.launching.rehearsal: name the script to run: -m nbutils.launching.rehearsal SCRIPT.py [arguments]"
         )
     # Imports make objects that stay, and by default the collector looks through them over and over.
     gc.set_threshold(100_000)

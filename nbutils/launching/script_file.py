@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nbutils.course import ROOT
+from nbutils.common.paths import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "04_write_and_launch.ipynb"
 SCRIPT = "fine_tuning_FSDP_QLoRA.py"

@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 
-from nbutils.plots import GREEN, ORANGE, SKY, show
+from nbutils.lessons.plots import GREEN, ORANGE, SKY, show
 
 
 def backward_order(events: list, layers: list[str]) -> list[tuple[str, str]]:

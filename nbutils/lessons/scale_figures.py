@@ -8,10 +8,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import yaml
 
-from nbutils import plots
-from nbutils.memory import CARDS, OUTSIDE, Plan, plan
-from nbutils.memory_items import GIB
-from nbutils.shapes import SHAPES, Choices, Setup
+from nbutils.lessons import plots
+from nbutils.planning.memory_items import GIB
+from nbutils.planning.memory_plan import CARDS, OUTSIDE, Plan, plan
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import SHAPES
 
 COLOURS = [plots.BLUE, plots.ORANGE, plots.SKY, plots.GREEN, plots.PURPLE, "#999999"]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\"]
@@ -149,52 +150,3 @@ def draw_speeds(runs: dict[str, dict]) -> None:
     text = "; ".join(f"{label} {speed:,.0f}" for label, speed in zip(runs, speeds))
     plots.show(figure, f"Bars of tokens a second over two H200s: {text}.")
     plots.table(["", "rows a GPU", "cap", "GiB at the peak", "tokens/s", "ratio"], rows)
-
-
-def hours(tokens: float, tokens_per_second: float) -> float:
-    """Hours for so many tokens at a speed over all GPUs."""
-    return tokens / tokens_per_second / 3600
-
-
-def pcie_estimate(
-    weights: float,
-    parameters: float,
-    tokens: int,
-    ranks: int,
-    host_gbs: float,
-    between_gbs: float,
-    tflops: float,
-) -> dict[str, float]:
-    """An estimate, not a measurement: seconds of a step of FSDP with offload on cards joined by PCIe.
-
-    Each rank copies its shard from host memory and receives the others', both once for the forward and once for the
-    backward pass. Frozen weights cost 6 FLOP a parameter and token when the forward pass is computed twice (forward,
-    again, gradients of the inputs). Transfers and computing come one after the other (`step`), or the shorter hides
-    behind the longer (`hidden_step`): a real run lies between.
-
-    Args:
-        weights: bytes of the whole packed model, embedding and head included.
-        parameters: weights of the model.
-        tokens: a rank and step.
-        ranks: number of GPUs.
-        host_gbs: GB/s from host memory to a GPU.
-        between_gbs: GB/s between two GPUs.
-        tflops: what a GPU really reaches in bf16, in TFLOP/s.
-
-    Returns:
-        `transfer`, `compute`, `step`, `hidden_step` in seconds and `tokens_per_second` over all ranks for each of the
-        two: `tokens_per_second`, `hidden_tokens_per_second`.
-    """
-    copied = 2 * weights / ranks
-    received = 2 * weights * (ranks - 1) / ranks
-    transfer = copied / (host_gbs * 1e9) + received / (between_gbs * 1e9)
-    compute = 6 * parameters * tokens / (tflops * 1e12)
-    step, hidden = transfer + compute, max(transfer, compute)
-    return {
-        "transfer": transfer,
-        "compute": compute,
-        "step": step,
-        "hidden_step": hidden,
-        "tokens_per_second": tokens * ranks / step,
-        "hidden_tokens_per_second": tokens * ranks / hidden,
-    }

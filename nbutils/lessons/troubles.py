@@ -1,7 +1,7 @@
 """What breaks, as data: message, cause, what to do, the versions it was seen with, and where it can be seen again.
 
-`docs/troubleshooting.md` and the table of notebook 07 are made of this; tests/test_troubles.py holds each proof.
-Run as: `python -m nbutils.troubles > docs/troubleshooting.md`
+`docs/troubleshooting.md` and the table of notebook 07 are made of this; the test holds each proof.
+Run as: `python -m nbutils.lessons.troubles > docs/troubleshooting.md`
 """
 
 from dataclasses import dataclass
@@ -66,15 +66,15 @@ TROUBLES = [
         "(`distributed_type` is MULTI_CPU: each rank holds the whole model)",
         "accelerate 1.15",
         "Without an accelerator accelerate falls back from FSDP to DDP without a word.",
-        "Launch the rehearsal, `-m nbutils.rehearsal`. The script stops a run that is not FSDP.",
-        "tests/test_training.py::test_a_launch_that_falls_back_from_fsdp_fails",
+        "Launch the rehearsal, `-m nbutils.launching.rehearsal`. The script stops a run that is not FSDP.",
+        "tests/whole/test_training.py::test_a_launch_that_falls_back_from_fsdp_fails",
     ),
     Trouble(
         "(HYBRID_SHARD: each rank trains an adapter of its own)",
         "torch 2.13, FSDP 1",
         "FSDP 1 shards among as many ranks as a process sees devices. One: nothing is sharded, no gradient summed.",
-        "`FULL_SHARD`, or all GPUs of each machine. The launcher and the script refuse it (`nbutils.hybrid`).",
-        "tests/test_lessons_00_01.py::test_hybrid_with_one_device_sums_no_gradients",
+        "`FULL_SHARD`, or all GPUs of each machine. The launcher and the script refuse it.",
+        "tests/whole/test_lessons_00_01.py::test_hybrid_with_one_device_sums_no_gradients",
         ("pytorch/pytorch#154888",),
     ),
     # ---- model and data
@@ -83,7 +83,7 @@ TROUBLES = [
         "nbutils, for GatedRepoError of huggingface_hub 2.4",
         "The model is behind a licence, and your account has not accepted it or is not logged in.",
         "Accept it on the model's page, then `hf auth login`.",
-        "tests/test_bad_input.py::test_bad_input_is_refused_before_a_weight_is_read",
+        "tests/whole/test_bad_input.py::test_bad_input_is_refused_before_a_weight_is_read",
     ),
     Trouble(
         "Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
@@ -103,7 +103,7 @@ TROUBLES = [
         "An error occurred while generating the dataset",
         "datasets 5.2",
         "A line of the JSONL file is no JSON. The message does not say which.",
-        "`nbutils.data` names the line. Mend it or take it out.",
+        "`nbutils.data.rows` names the line. Mend it or take it out.",
         CELL + "broken-line",
     ),
     # ---- wrapping
@@ -150,7 +150,7 @@ TROUBLES = [
         "CUDA's copy in its gather writes every NaN as the same one, so packed values that look like NaN become other "
         "weights: recorded in gather_copy.json. The test's copy on a CPU does the same.",
         "`gather_as_bytes()` before training, as in the script, which also checks its first gather (notebook 02).",
-        "tests/test_exact_gather.py::test_without_the_line_the_first_gather_ends_the_run",
+        "tests/patches/test_fsdp2_gather.py::test_without_the_line_the_first_gather_ends_the_run",
         ("pytorch/pytorch#159333", "bitsandbytes-foundation/bitsandbytes#1945"),
     ),
     # ---- training
@@ -158,7 +158,7 @@ TROUBLES = [
         "(the log shows a loss, and the loss is NaN)",
         "transformers 5.23",
         "`logging_nan_inf_filter` puts a number made of the earlier losses into the log, and the run goes on.",
-        "The script stops in the step before the optimizer takes it: `nbutils.nan_guard`.",
+        "The script stops in the step before the optimizer takes it: `nbutils.training.nan_guard`.",
         CELL + "hidden-nan",
         ("huggingface/trl#6702",),
     ),
@@ -167,7 +167,7 @@ TROUBLES = [
         "torch 2.13, gloo",
         "Another rank or its machine is gone, or waits for a dead file system.",
         "Look at the other machine. `ddp_timeout` sets how long a rank waits, in seconds; then `--resume true`.",
-        "tests/test_faults.py::test_a_rank_that_hangs_ends_the_run",
+        "tests/whole/test_faults.py::test_a_rank_that_hangs_ends_the_run",
         ("huggingface/transformers#31675",),
     ),
     Trouble(
@@ -182,14 +182,14 @@ TROUBLES = [
         "Linux",
         "Host memory ran out, and the kernel chose this rank; or somebody did.",
         "Compare the plan's host memory with the machine's; add swap; fewer ranks a machine.",
-        "tests/test_faults.py::test_every_rank_ends_with_the_cause_and_the_last_checkpoint_is_good",
+        "tests/whole/test_faults.py::test_every_rank_ends_with_the_cause_and_the_last_checkpoint_is_good",
     ),
     Trouble(
         "Rank ... was killed by signal 7 (SIGBUS)",
         "Linux",
         "A mapped file became shorter or its disk went away while it was read; also a full /dev/shm.",
         "Leave the model's files alone while a run loads; see `python -m nbutils doctor` for /dev/shm.",
-        "tests/test_faults.py::test_every_rank_ends_with_the_cause_and_the_last_checkpoint_is_good",
+        "tests/whole/test_faults.py::test_every_rank_ends_with_the_cause_and_the_last_checkpoint_is_good",
     ),
     Trouble(
         "CUDA out of memory",
@@ -218,21 +218,21 @@ TROUBLES = [
         "(`adapter_model.safetensors` has 40 bytes and no tensor)",
         "peft 0.21.0 to 0.21.2 with FSDP 1; not 0.20",
         "PEFT looks for names of the wrapped model in a state dict that has none of them.",
-        "`nbutils.saving.save_adapter`, which reads back what it wrote (notebook 05).",
-        "tests/test_saving.py::test_the_plain_save_loses_the_adapter_and_ours_does_not",
+        "`nbutils.adapters.save.save_adapter`, which reads back what it wrote (notebook 05).",
+        "tests/adapters/test_save.py::test_the_plain_save_loses_the_adapter_and_ours_does_not",
     ),
     Trouble(
         "No space left on device",
         "Linux",
         "The disk filled up while a checkpoint was written. It is left out as a whole; the one before it is good.",
         "Free some space, set `save_total_limit`, and go on with `--resume true`.",
-        "tests/test_faults.py::test_a_full_disk_while_saving",
+        "tests/whole/test_faults.py::test_a_full_disk_while_saving",
     ),
     Trouble(
         "(FSDP 2 with FULL_STATE_DICT saves only rank 0's part of an adapter)",
         "accelerate before 1.15",
         "Each rank's part was dropped but that of rank 0.",
-        "accelerate 1.15, which this package demands; `nbutils.saving` does not take that way.",
+        "accelerate 1.15, which this package demands; `nbutils.adapters.save` does not take that way.",
         NOT_REPRODUCED,
         ("huggingface/accelerate#4206",),
     ),
@@ -268,9 +268,10 @@ def as_markdown() -> str:
 
 PAGE = f"""# Troubleshooting
 
-Made of `nbutils/troubles.py` by `python -m nbutils.troubles`; notebook 07 shows the same table. *Shown by* names the
-cell or the test in which the library itself does it, with the versions of `requirements.lock`; "{RECORDED.strip(": ")}"
-names a recorded file; the rest is marked "{NOT_REPRODUCED}". Reports are public and may have other causes as well.
+Made of `nbutils/lessons/troubles.py` by `python -m nbutils.lessons.troubles`; notebook 07 shows the same table.
+*Shown by* names the cell or the test in which the library itself does it, with the versions of
+`requirements.lock`; "{RECORDED.strip(": ")}" names a recorded file; the rest is marked "{NOT_REPRODUCED}". Reports are
+public and may have other causes as well.
 
 """
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from nbutils.checkpoint import BadCheckpoint
+from nbutils.models.safetensors_reader import BadCheckpoint
 
 # What a model of the hub needs here. Llama repositories keep a second copy of all weights under original/.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -20,13 +20,11 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from nbutils.chat import ready_for_chat
-from nbutils.checkpoint import BadCheckpoint, Checkpoint, refuse_other_quantisations
-from nbutils.course import ROOT, RUNS
-from nbutils.download import local_folder, read_config
-from nbutils.quantise import nf4_config, progress, quantise_tensor, write_nf4
-
-__all__ = ["empty_model", "linear_weights", "load_nf4", "load_tokenizer", "nf4_config", "quantise_checkpoint"]
+from nbutils.common.paths import ROOT, RUNS
+from nbutils.data.templates import ready_for_chat
+from nbutils.models.hub import local_folder, read_config
+from nbutils.models.nf4 import nf4_config, progress, quantise_tensor, write_nf4
+from nbutils.models.safetensors_reader import BadCheckpoint, Checkpoint, refuse_other_quantisations
 
 # Up to this size (8B in bf16 has 16 GB) each rank quantises for itself; above, one rank writes the NF4 checkpoint and
 # all of them map it, so that a machine holds one copy however many ranks it has.

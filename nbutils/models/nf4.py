@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from nbutils.checkpoint import INDEX
+from nbutils.models.safetensors_reader import INDEX
 
 SHARD_BYTES = 500e6  # about one layer of 70B: a file is unmapped when the last tensor in it has been used
 PIECE = 2**20  # weights that a CPU quantises at a time; a multiple of the 64 of a block

@@ -1,6 +1,6 @@
 """The tiny base: a real Llama of about 3 M parameters, made from nothing, offline, in about a minute.
 
-Run as: `python -m nbutils.tiny` (prints where the model is and what it has learned).
+Run as: `python -m nbutils.models.tiny` (prints where the model is and what it has learned).
 
 It has what Llama 3.1 has and what matters to FSDP and QLoRA: grouped-query attention, an untied output head, the
 Llama 3.1 scaling of rotary frequencies, bf16 weights in safetensors, the same special tokens and chat layout. It is
@@ -19,9 +19,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nbutils.chat import LLAMA31_TEMPLATE
+from nbutils.common.paths import ROOT
+from nbutils.data.templates import LLAMA31_TEMPLATE
 
-ROOT = Path(__file__).resolve().parent.parent
 PROSE = ROOT / "data" / "prose"
 CACHE = ROOT / "runs" / "cache"
 

@@ -6,31 +6,19 @@ Run as: `python -m nbutils doctor`
 import argparse
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nbutils import host_memory
-from nbutils.memory_items import GIB
-from nbutils.needs import MODELS, Model, gpu_gib, host_gib
+from nbutils.common import host_memory
+from nbutils.common.nvidia_smi import find_gpus, how_linked
+from nbutils.common.versions import installed_versions, locked_versions
+from nbutils.planning.memory_items import GIB
+from nbutils.planning.model_needs import MODELS, Model, gpu_gib, host_gib
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
-ROOT = Path(__file__).resolve().parents[1]
-STACK = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "datasets",
-    "papermill",
-    "nbclient",
-)
+
 RECORDED_ON_GPUS = {"torch": "2.11.0"}  # benchmarks/results; the lock's version was run on CPUs only
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
 
@@ -49,7 +37,7 @@ def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
     """Look at this machine with the needs of one model in mind. CUDA is not initialised in this process.
 
     Args:
-        model: a name in nbutils.needs.MODELS.
+        model: a name in nbutils.planning.model_needs.MODELS.
         processes: ranks that will run; the number of GPUs if not given, or 2 without any.
 
     Returns:
@@ -78,23 +66,6 @@ def check_python(found: tuple[int, int]) -> Check:
     if PYTHONS[0] <= found < PYTHONS[1]:
         return Check("Python", text)
     return Check("Python", text, FAIL, "Use Python 3.11, 3.12 or 3.13: make tutorial PYTHON=python3.11")
-
-
-def locked_versions(lock: Path = ROOT / "requirements.lock") -> dict[str, str]:
-    """Package to version, as requirements.lock pins them."""
-    lines = lock.read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Package to installed version, None if it is missing; a local suffix as in 2.13.0+cpu is cut off."""
-    found = {}
-    for name in STACK:
-        try:
-            found[name] = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def check_packages(
@@ -126,82 +97,6 @@ def _check_on_gpus(name: str, installed: str, wanted: str, recorded: str) -> Che
 
 
 # ---------------------------------------------------------------- GPUs
-
-
-def find_gpus() -> list[dict]:
-    """The GPUs that a program started here would see, as nvidia-smi tells them; empty without one.
-
-    Returns:
-        For each its `index` in nvidia-smi's table, `name`, memory in `gib` and compute `capability`. The last two are
-        None where nvidia-smi gives no number: the GPU shares the host's memory, or a container may not ask.
-    """
-    table = _nvidia_smi("--query-gpu=name,memory.total,compute_cap,uuid", "--format=csv,noheader,nounits")
-    rows = [
-        line.split(",") for line in table.splitlines() if "," in line
-    ]  # "No devices were found" is no row
-    gpus, uuids = [], []
-    for index, row in enumerate(rows):
-        name, memory, capability, uuid = (*(part.strip() for part in row), "", "", "")[:4]
-        mib = _number(memory)
-        gib = None if mib is None else mib / 1024
-        gpus.append({"index": index, "name": name, "gib": gib, "capability": _number(capability)})
-        uuids.append(uuid)
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return gpus
-    if chosen.startswith("MIG-"):  # a slice of a card; CUDA shows one, and the table has whole cards only
-        return [gpus[0] | {"name": f"a MIG slice of {gpus[0]['name']}", "gib": None}] if gpus else []
-    return [gpus[index] for index in _visible(chosen, uuids)]
-
-
-def _visible(chosen: str, uuids: list[str]) -> list[int]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, read as CUDA reads it.
-
-    The list ends at the first entry that names no GPU, so -1 and the empty string leave none, and so does a list that
-    names one twice. CUDA numbers the cards from the fastest on, and nvidia-smi by their slots: if they are not all
-    alike, CUDA_DEVICE_ORDER=PCI_BUS_ID makes both say the same.
-    """
-    seen = []
-    for word in chosen.split(","):
-        word = word.strip()
-        if word.isdigit():
-            named = [int(word)] if int(word) < len(uuids) else []
-        else:
-            named = [index for index, uuid in enumerate(uuids) if word and uuid.startswith(word)]
-        if len(named) != 1:  # none, or the beginning of several UUIDs
-            break
-        if named[0] in seen:
-            return []
-        seen += named
-    return seen
-
-
-def _number(text: str) -> float | None:
-    """What nvidia-smi prints, or None where it prints words: `[N/A]`, `[Insufficient Permissions]`."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def how_linked(first: int = 0, second: int = 1) -> str:
-    """How one GPU reaches another: NVLink, or a PCIe path, in the words of `nvidia-smi topo`.
-
-    Args:
-        first, second: indices in nvidia-smi's table.
-    """
-    words = {
-        "NV": "NVLink",
-        "PIX": "one PCIe switch",
-        "PXB": "several PCIe switches",
-        "PHB": "PCIe through the host bridge",
-        "NODE": "PCIe within a NUMA node",
-        "SYS": "PCIe between two CPU sockets",
-    }
-    # The row of a GPU has its own name, and then a word for each GPU; X stands for itself.
-    row = re.search(rf"^GPU{first}((?:\s+\S+){{{second + 1}}})", _nvidia_smi("topo", "-m"), re.MULTILINE)
-    link = row.group(1).split()[-1] if row else ""
-    return next((f"{text} ({link})" for code, text in words.items() if link.startswith(code)), "link unknown")
 
 
 def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
@@ -254,16 +149,6 @@ def _check_gpu_memory(model: Model, gpus: int, smallest: float | None) -> Check:
     if smallest >= offloaded:
         return Check("GPU memory", found, WARN, "Keep fsdp_offload_params: true.")
     return Check("GPU memory", found, FAIL, "Take a smaller model or larger GPUs.")
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 # ---------------------------------------------------------------- memory, disk, account

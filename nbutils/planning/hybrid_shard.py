@@ -5,8 +5,6 @@ device it calls the group of one NO_SHARD and leaves out the sum over the others
 its own, and nothing says so (torch 2.13, `torch.distributed.fsdp._init_utils`).
 """
 
-from datetime import timedelta
-
 # As accelerate reads them, in any case of letters: the names, torch's own name of the second, and the numbers.
 SPELLINGS = ("HYBRID_SHARD", "HYBRID_SHARD_ZERO2", "_HYBRID_SHARD_ZERO2", "4", "5")
 
@@ -43,22 +41,3 @@ def hybrid_fault(strategy: object, ranks: int, devices: int) -> str | None:
             f"on. Use all GPUs of each machine, show {ranks} with CUDA_VISIBLE_DEVICES, or take FULL_SHARD."
         )
     return None
-
-
-def give_its_groups_the_timeout(model, timeout: timedelta) -> None:
-    """Let a rank wait for a lost machine as long as `ddp_timeout` says, and not for torch's 10 minutes (gloo: 30).
-
-    FSDP 1 makes the groups of HYBRID_SHARD by itself, and passes no time-out on
-    (`torch.distributed.fsdp._init_utils._init_intra_and_inter_node_groups`).
-
-    Args:
-        model: wrapped by FSDP 1 under HYBRID_SHARD.
-        timeout: `ddp_timeout_delta` of the training arguments.
-    """
-    # Here, because the launcher reads this module for configs only and needs no torch.
-    from torch.distributed.distributed_c10d import _set_pg_timeout
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-
-    units = FSDP.fsdp_modules(model)
-    for group in {group for unit in units for group in (unit.process_group, unit._inter_node_pg)}:
-        _set_pg_timeout(timeout, group)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from nbutils.shapes import Choices, Setup, Shape
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import Shape
 
 GIB = 2**30
 BF16 = 2  # bytes
@@ -71,7 +72,7 @@ def pinned_bytes(wanted: int) -> int:
 def items_of(
     shape: Shape, setup: Setup, tokens: int, lora_r: int, choices: Choices, spare_host: bool
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Bytes a rank, item by item; `nbutils.memory.plan` makes a plan of them.
+    """Bytes a rank, item by item; `nbutils.planning.memory_plan.plan` makes a plan of them.
 
     Args:
         shape: of the model.
@@ -79,7 +80,7 @@ def items_of(
         tokens: a rank and step.
         lora_r: rank of the adapter, on all linear layers.
         choices: further settings of the script.
-        spare_host: `nbutils.offload.spare_host_memory` was called.
+        spare_host: `nbutils.patches.fsdp1_pinned_memory.spare_host_memory` was called.
 
     Returns:
         The items on the GPU at each moment that can be its peak, and those in host memory.

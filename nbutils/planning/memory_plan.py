@@ -3,25 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nbutils.memory_items import GIB, items_of, quantisation_state_bytes
-from nbutils.shapes import SHAPES, Choices, Setup, Shape, shape_of
+from nbutils.planning.memory_items import GIB, items_of
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import Shape
 
 # Lessons take whatever they plan with from here.
-__all__ = [
-    "CARDS",
-    "GIB",
-    "OUTSIDE",
-    "SHAPES",
-    "Choices",
-    "Plan",
-    "Setup",
-    "Shape",
-    "fits",
-    "plan",
-    "quantisation_state_bytes",
-    "shape_of",
-    "what_to_change",
-]
 
 OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on H200s: 1.3 to 2.3
 # What a card of a nominal size shows to programs, in GiB, as nvidia-smi tells its total.
@@ -76,7 +62,7 @@ def plan(
         batch: rows a rank and step.
         length: tokens a row.
         lora_r: rank of the adapter, on all linear layers.
-        spare_host: `nbutils.offload.spare_host_memory` was called; matters for FSDP 1 with offload only.
+        spare_host: `spare_host_memory` (nbutils.patches) was called; matters for FSDP 1 with offload only.
         choices: further settings of the script.
 
     Returns:

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
-from nbutils.memory import OUTSIDE, plan
-from nbutils.memory_items import GIB, LIBRARIES_CPU
-from nbutils.shapes import SHAPES, Setup
+from nbutils.planning.memory_items import GIB, LIBRARIES_CPU
+from nbutils.planning.memory_plan import OUTSIDE, plan
+from nbutils.planning.run_setup import Setup
+from nbutils.planning.shapes import SHAPES
 
-IN_MEMORY_GB = 20  # a bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.loading
+IN_MEMORY_GB = (
+    20  # a bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.models.loading
+)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from nbutils.memory_items import BF16, nf4_bytes
-from nbutils.shapes import Setup, Shape
+from nbutils.planning.memory_items import BF16, nf4_bytes
+from nbutils.planning.run_setup import Setup
+from nbutils.planning.shapes import Shape
 
 # What a link between machines carries at best, in bytes a second and direction.
 LINKS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nbformat
 
-from nbutils.course import ROOT
-from nbutils.runner import NOTEBOOKS, run_series
+from nbutils.common.paths import ROOT
+from nbutils.publishing.runner import NOTEBOOKS, run_series
 
 REFRESH_DIR = Path("runs/refresh")
 MACHINE = "machine"  # tag of a cell whose output describes the machine: it is shown, and not compared

@@ -10,11 +10,11 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from nbutils import parameters
-from nbutils.course import RUNS, go_to_root, new_run_dir, point_latest_to
-from nbutils.follow import read_progress
-from nbutils.launch import progress_line
-from nbutils.provenance import PACKAGES, commit, versions
+from nbutils.common.paths import RUNS, go_to_root, new_run_dir, point_latest_to
+from nbutils.common.progress_file import read_progress
+from nbutils.common.provenance import PACKAGES, commit, versions
+from nbutils.launching.launch import progress_line
+from nbutils.publishing import parameters
 
 NOTEBOOKS = Path("notebooks")
 TRAINING_NOTEBOOK = "04_write_and_launch"
@@ -156,8 +156,8 @@ def look_first(values: dict) -> None:
         given["model"] = None
     if not any(given.values()):
         return
-    from nbutils.download import CannotDownload
-    from nbutils.glance import look  # two seconds of imports
+    from nbutils.launching.first_look import look  # two seconds of imports
+    from nbutils.models.hub import CannotDownload
 
     try:
         look(given)

@@ -11,9 +11,9 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown import markdown2html
 from pygments.formatters import HtmlFormatter
 
-from nbutils.course import ROOT
-from nbutils.course_map import LESSONS
-from nbutils.runner import NOTEBOOKS
+from nbutils.common.paths import ROOT
+from nbutils.lessons.course_map import LESSONS
+from nbutils.publishing.runner import NOTEBOOKS
 
 HIGHLIGHTING = "xcode"  # of Pygments' styles the one whose colours all reach a contrast of 4.5 to 1
 WIDE = 80  # characters; a wider output scrolls sideways, so it must be reachable by keyboard
@@ -134,7 +134,9 @@ def _dressed(body: str, name: str, names: list[str]) -> BeautifulSoup:
             link["href"] = f"{target}.html{anchor}"
     for image in soup.select("img"):
         if image.get("alt", "").strip() in ("", NO_ALT):
-            raise BrokenPage(f"{name} has an image without alt text; show figures with nbutils.plots.show.")
+            raise BrokenPage(
+                f"{name} has an image without alt text; show figures with nbutils.lessons.plots.show."
+            )
     for number, text in enumerate(soup.select(".output pre"), 1):
         if max(map(len, text.get_text().splitlines()), default=0) > WIDE:
             text.attrs |= {"tabindex": "0", "role": "region", "aria-label": f"Output {number}"}

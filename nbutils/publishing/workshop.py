@@ -13,8 +13,8 @@ from pathlib import Path
 
 import nbformat
 
-from nbutils.course import ROOT
-from nbutils.runner import NOTEBOOKS
+from nbutils.common.paths import ROOT
+from nbutils.publishing.runner import NOTEBOOKS
 
 BEGIN, END = "# solution begin", "# solution end"
 SOLUTION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^\1{END}\n?", re.MULTILINE | re.DOTALL)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import nbformat
 
-from nbutils.course import ROOT
-from nbutils.editions import NAME, build, exercises
-from nbutils.runner import NOTEBOOKS
+from nbutils.common.paths import ROOT
+from nbutils.publishing.runner import NOTEBOOKS
+from nbutils.publishing.workshop import NAME, build, exercises
 
 SHORT = {"max_steps": 12}  # the training of notebook 04; no exercise asks how well it learned
 CELL_TIMEOUT = 900  # seconds
@@ -51,7 +51,7 @@ def run_through(path: Path, tree: Path) -> nbformat.NotebookNode:
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    from nbutils.parameters import read_contract
+    from nbutils.publishing.parameters import read_contract
 
     given = {name: value for name, value in SHORT.items() if name in read_contract(path)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), given)

@@ -15,23 +15,30 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from nbutils import host_memory
-from nbutils.checkpoint import Checkpoint
-from nbutils.checkpoints import in_step
-from nbutils.compiling import refuse_fsdp1
-from nbutils.course import ROOT
-from nbutils.download import CannotDownload
-from nbutils.glance import Refused, look_at_model, nearest_folder, refuse_output, refuse_versions
-from nbutils.hybrid import hybrid_fault, is_hybrid
-from nbutils.loading import IN_MEMORY_BYTES
-from nbutils.memory import plan
-from nbutils.memory_items import BF16, GIB, nf4_bytes, quantisation_state_bytes
-from nbutils.on_host import refuse_offloaded_head
-from nbutils.resuming import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
-from nbutils.saving import reject_foreign_folder
-from nbutils.shapes import Choices, Setup, Shape, shape_of
-from nbutils.shards import SaveError, agree, rank
-from nbutils.shared_output import Token, new_name
+from nbutils.adapters.gather import SaveError
+from nbutils.adapters.save import reject_foreign_folder
+from nbutils.common import host_memory
+from nbutils.common.disk import nearest_folder, refuse_output
+from nbutils.common.paths import ROOT
+from nbutils.common.ranks import agree, in_step, rank
+from nbutils.common.refused import Refused
+from nbutils.common.versions import refuse_versions
+from nbutils.models.hub import CannotDownload
+from nbutils.models.loading import IN_MEMORY_BYTES
+from nbutils.models.safetensors_reader import Checkpoint
+from nbutils.models.supported import look_at_model
+from nbutils.planning.hybrid_shard import hybrid_fault, is_hybrid
+from nbutils.planning.memory_items import BF16, GIB, nf4_bytes, quantisation_state_bytes
+from nbutils.planning.memory_plan import plan
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import Shape, shape_of
+from nbutils.training.compiled_layers import refuse_fsdp1
+from nbutils.training.host_embeddings import refuse_offloaded_head
+from nbutils.training.shared_output import Token, new_name
+from nbutils.training.trainer import (
+    refuse_what_cannot_be_resumed,
+    refuse_what_checkpoints_do_not_serve,
+)
 
 
 def refuse_before_loading(recipe, training: SFTConfig) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nbutils.patches.linear4bit_forward import multiply
+
 
 def compile_layers(model: PreTrainedModel) -> int:
     """Let torch.compile fuse the small operations of each decoder layer: LoRA's scaling and sums, norms, activations.
@@ -86,18 +88,3 @@ def _one_plain_adapter(projection: nn.Module, dtype: torch.dtype) -> bool:
     if len(names) != 1 or names[0] not in projection.lora_A or projection.lora_variant:
         return False
     return projection.lora_A[names[0]].weight.dtype == dtype
-
-
-def multiply(self: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
-    """`Linear4bit.forward` with the quantisation state read from the module.
-
-    FSDP 2 puts a plain tensor in the place of the weight, and the original method then repairs the tensor: something
-    torch.compile cannot trace, so each of the seven projections would end a graph.
-
-    Args:
-        x: `(..., in_features)` in bf16.
-
-    Returns:
-        `(..., out_features)`.
-    """
-    return bnb.matmul_4bit(x, self.weight, bias=self.bias, quant_state=self.quant_state)

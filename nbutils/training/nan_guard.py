@@ -6,7 +6,7 @@ The Trainer does not. It writes the mean of the steps before into the log (`logg
 import torch
 import torch.distributed as dist
 
-from nbutils.shards import rank
+from nbutils.common.ranks import rank
 
 
 class LossIsNoNumber(RuntimeError):

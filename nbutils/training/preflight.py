@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp.wrap import _Policy, _post_order_apply, _recursive_wrap
 from transformers import Trainer
 
-# What FSDP 1 says, word for word, so that a reader who saw the error finds it here. tests/test_preflight.py compares.
+# What FSDP 1 says, word for word, so that a reader who saw the error finds it here; the test compares.
 INTEGER = "Cannot flatten integer dtype tensors"
 DTYPE = "Must flatten tensors with uniform dtype but got {} and {}"
 GRAD = "Must flatten tensors with uniform `requires_grad` when `use_orig_params=False`"

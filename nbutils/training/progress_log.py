@@ -6,9 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from nbutils.follow import PROGRESS_FILE, read_progress
-
-__all__ = ["PROGRESS_FILE", "ProgressLog", "read_progress"]
+from nbutils.common.progress_file import PROGRESS_FILE
 
 
 class ProgressLog(TrainerCallback):

@@ -1,7 +1,7 @@
 """Several machines, one output_dir: rank 0 leaves a token there, and all ranks look for it before a weight is read.
 
-Each rank writes its file of a checkpoint into a folder that rank 0 makes (`nbutils.checkpoints`). Where each machine
-has an output_dir of its own, that would fail at the first checkpoint, which may be hours after the start.
+Each rank writes its file of a checkpoint into a folder that rank 0 makes (`nbutils.adapters.checkpoint_folder`).
+Where each machine has an output_dir of its own, that would fail at the first checkpoint, hours after the start.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import socket
 import time
 from pathlib import Path
 
-from nbutils.glance import Refused
-from nbutils.shards import rank
+from nbutils.common.ranks import rank
+from nbutils.common.refused import Refused
 
 SECONDS = 10.0  # a network file system may show late what another machine has written
 

@@ -1,7 +1,8 @@
 """A trainer whose checkpoints hold everything, and that goes on from one as if nothing had happened.
 
 The Trainer's own checkpoints ask FSDP for a state dict and PEFT for the adapter in it; with FSDP 1 that comes out
-empty. Here each rank writes what it holds (see `nbutils.checkpoints`) and puts it back into the same memory.
+empty. Here each rank writes what it holds (see `nbutils.adapters.checkpoint_folder`) and puts it
+back into the same memory.
 """
 
 import os
@@ -13,13 +14,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from trl import SFTTrainer
 
-from nbutils.checkpoints import (
+from nbutils.adapters.checkpoint_folder import (
     CheckpointError,
     checkpoints_in,
     delete_old,
-    in_step,
     newest_complete,
-    on_every_rank,
     put_pieces_back,
     rank_file,
     read_manifest,
@@ -27,9 +26,10 @@ from nbutils.checkpoints import (
     save_pieces,
     write_checkpoint,
 )
-from nbutils.nan_guard import stop_at_no_number
-from nbutils.saving import config_for_file
-from nbutils.shards import SaveError, peft_model, rank
+from nbutils.adapters.gather import SaveError, peft_model
+from nbutils.adapters.save import config_for_file
+from nbutils.common.ranks import in_step, on_every_rank, rank
+from nbutils.training.nan_guard import stop_at_no_number
 
 OPTIMIZER = "optimizer."  # what stands before the name of an optimizer's tensor in a rank's file
 
@@ -39,7 +39,7 @@ class ResumableTrainer(SFTTrainer):
 
     A resumed run must have the number of processes, the FSDP version, the adapter's settings and the data order of the
     run that wrote the checkpoint. Anything else is refused: each rank puts its own pieces back, and nothing is sharded
-    anew. `nbutils.checkpoints.export_adapter` takes the adapter out of a checkpoint on any machine.
+    anew. `nbutils.adapters.export.export_adapter` takes the adapter out of a checkpoint on any machine.
     """
 
     def __init__(self, *args, **kwargs):

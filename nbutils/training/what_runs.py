@@ -8,8 +8,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from nbutils.exact_gather import check_first_gather
-from nbutils.hybrid import give_its_groups_the_timeout, is_hybrid
+from nbutils.patches.hybrid_timeout import give_its_groups_the_timeout
+from nbutils.planning.hybrid_shard import is_hybrid
+from nbutils.training.first_gather import check_first_gather
 
 
 class NotAsPromised(RuntimeError):
@@ -102,7 +103,7 @@ def refuse_surprises(facts: dict, trainer: Trainer) -> None:
     if wants_fsdp and facts["distributed_type"] != "FSDP":
         wrong.append(
             f"FSDP was asked for, but the run is {facts['distributed_type']}: every rank would hold the whole model. "
-            "Launch with one of configs/accelerate/, and on a machine without GPUs through nbutils.rehearsal."
+            "Launch with one of configs/accelerate/, and on a machine without GPUs through nbutils.launching.rehearsal."
         )
     with_fsdp = facts["distributed_type"] == "FSDP"
     if with_fsdp and (sharing := _ranks_that_share(trainer, facts["world_size"])):

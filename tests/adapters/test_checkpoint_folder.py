@@ -12,68 +12,25 @@ import pytest
 import torch
 from recording import record
 from safetensors.torch import load_file, save_file
+from training_runs import STEPS, run, train
 
-from nbutils.checkpoints import (
+from nbutils.adapters.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
     checkpoints_in,
     delete_old,
-    export_adapter,
     newest_complete,
     problem_with,
     rank_file,
     write_checkpoint,
 )
-from nbutils.course import ROOT
-from nbutils.recipe import write_script
-from nbutils.resuming import refuse_another_run
-from nbutils.saving import WEIGHTS, SaveError
-from nbutils.tiny import tiny_base
+from nbutils.adapters.export import export_adapter
+from nbutils.adapters.gather import SaveError
+from nbutils.adapters.save import WEIGHTS
+from nbutils.common.paths import ROOT
+from nbutils.training.trainer import refuse_another_run
 
-COMMAND = "python -m pytest -m matrix -s tests/test_checkpoints.py"
-STEPS = 8  # two passes over the data, so that a resume must also find the order of the second
-
-
-def arguments(folder: Path, out: str, **more) -> list[str]:
-    """What the training script is told: few rows, dropout, a log line that spans a checkpoint."""
-    settings = {
-        "model": tiny_base(), "dataset": folder / "train.jsonl", "heldout_dataset": folder / "heldout.jsonl",
-        "output_dir": folder / out, "max_steps": STEPS, "max_length": 64, "per_device_train_batch_size": 2,
-        "learning_rate": 2e-3, "warmup_steps": 2, "lora_r": 4, "lora_dropout": 0.1, "logging_steps": 3, "save_steps": 2,
-        "eval_strategy": "no", "disable_tqdm": "true", "seed": 0,
-    } | more  # fmt: skip
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def train(folder: Path, runs: list[dict]) -> dict[str, dict]:
-    """Run the script on ranks once for each of `runs` (see tests/ranks/training.py); what came of each, by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = (ROOT / "data/instructions/train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(rows[:16]))
-    (folder / "heldout.jsonl").write_text("".join(rows[20:24]))
-    plan = {"folder": str(folder), "script": str(write_script(folder)), "runs": runs}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(ROOT / "tests/ranks/training.py"), str(folder / "plan.json")]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60 + 60 * len(runs)
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {run["name"]: json.loads((folder / f"{run['name']}.json").read_text()) for run in runs}
-
-
-def run(
-    folder: Path, name: str, out: str, fsdp: int = 1, world: int = 2, kill: dict | None = None, **more
-) -> dict:
-    return {
-        "name": name,
-        "out": out,
-        "fsdp": fsdp,
-        "world": world,
-        "kill": kill,
-        "args": arguments(folder, out, **more),
-    }
+COMMAND = "python -m pytest -m matrix -s tests/adapters/test_checkpoint_folder.py"
 
 
 def ending(out: Path) -> dict:

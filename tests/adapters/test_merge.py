@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nbutils import merging
-from nbutils.course import ROOT
-from nbutils.merging import MergeError, merge
+from nbutils.adapters import merge as merging
+from nbutils.adapters.merge import MergeError, merge
+from nbutils.common.paths import ROOT
 
 KINDS = {
     "lora": {},
@@ -137,7 +137,7 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path, monkeypatch):
 MEASURE = """
 import json, sys
 from pathlib import Path
-from nbutils.merging import merge
+from nbutils.adapters.merge import merge
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -179,7 +179,7 @@ def test_memory_follows_the_largest_tensor_and_not_the_model(tmp_path):
         synthetic(tmp_path / "large", 9, 4096),
     ]
     command = [sys.executable, "-c", MEASURE, *map(str, folders)]
-    # memory in use, and not the blocks that malloc keeps: see tests/test_loading.py
+    # memory in use, and not the blocks that malloc keeps: see tests/models/test_loading.py
     keep_nothing = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",

@@ -12,12 +12,12 @@ import torch
 from packaging.version import Version
 from recording import record
 
-from nbutils.shards import file_key
+from nbutils.adapters.gather import file_key
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RANKS = ROOT / "tests" / "ranks"
 PROCESSES = int(os.environ.get("SAVE_TEST_PROCESSES", "2"))
-COMMAND = "python -m pytest -m matrix -s tests/test_saving.py"
+COMMAND = "python -m pytest -m matrix -s tests/adapters/test_save.py"
 WAYS = ("fsdp1", "fsdp1_orig", "fsdp2")
 
 
@@ -159,7 +159,7 @@ def test_what_would_be_lost_is_refused(seen, way):
 def test_the_plain_save_loses_the_adapter_and_ours_does_not(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "configs/accelerate/rehearsal_fsdp1.yaml")]
-    command += ["-m", "nbutils.rehearsal", str(RANKS / "plain_save.py"), str(tmp_path)]
+    command += ["-m", "nbutils.launching.rehearsal", str(RANKS / "plain_save.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads((tmp_path / "seen.json").read_text())
@@ -186,8 +186,8 @@ def test_names_in_the_file():
 
 
 def test_compare_logits_refuses_another_model_and_the_base():
-    from nbutils.comparing import compare_logits
-    from nbutils.saving import AdapterMismatch
+    from nbutils.adapters.logits import compare_logits
+    from nbutils.adapters.save import AdapterMismatch
 
     trained, base = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 1.0]]])
     assert compare_logits(trained, trained, base, torch.float32)["base"] == 0.5

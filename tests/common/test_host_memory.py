@@ -7,7 +7,8 @@ import sys
 import psutil
 import pytest
 
-from nbutils import doctor, host_memory
+from nbutils.common import host_memory
+from nbutils.planning import doctor
 
 MIB = 2**20
 

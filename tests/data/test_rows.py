@@ -6,9 +6,9 @@ import re
 import pytest
 from datasets import Dataset
 
-from nbutils.course import ROOT
-from nbutils.data import load_conversations, train_and_heldout
-from nbutils.tiny import read_prose
+from nbutils.common.paths import ROOT
+from nbutils.data.rows import load_conversations, train_and_heldout
+from nbutils.models.tiny import read_prose
 
 DATA = ROOT / "data" / "instructions"
 TURNS = [{"role": "user", "content": "What is a shard?"}, {"role": "assistant", "content": "A slice."}]

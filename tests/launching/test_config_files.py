@@ -11,10 +11,11 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import BackwardPrefetch, ShardingStrategy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from nbutils import configs, questionnaire
-from nbutils.course import ROOT
-from nbutils.hybrid import SPELLINGS, is_hybrid
-from nbutils.needs import MODELS, gpu_gib
+from nbutils.common.paths import ROOT
+from nbutils.launching import config_files as configs
+from nbutils.lessons import accelerate_questionnaire as questionnaire
+from nbutils.planning.hybrid_shard import SPELLINGS, is_hybrid
+from nbutils.planning.model_needs import MODELS, gpu_gib
 
 FOLDER = ROOT / "configs" / "accelerate"
 RECIPE, RECIPE_FSDP2 = ROOT / configs.RECIPE, ROOT / configs.RECIPE_FSDP2

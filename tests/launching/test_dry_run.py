@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from nbutils.dryrun import describe, dry_run, main
-from nbutils.shapes import shape_of
+from nbutils.launching.dry_run import describe, dry_run, main
+from nbutils.planning.shapes import shape_of
 
 pytestmark = pytest.mark.launch
 TINY = shape_of("tiny")

@@ -10,19 +10,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from nbutils.course import ROOT
-from nbutils.exercises import check
-from nbutils.kernel_memory import give_back, too_large_for_a_gpu
-from nbutils.launch import launch
-from nbutils.loading import load_nf4, load_tokenizer
-from nbutils.tiny import tiny_base
+from nbutils.common.paths import ROOT
+from nbutils.launching.kernel_memory import give_back, too_large_for_a_gpu
+from nbutils.launching.launch import launch
+from nbutils.lessons.exercises import check
+from nbutils.models.loading import load_nf4, load_tokenizer
+from nbutils.models.tiny import tiny_base
 
 NOTEBOOK_05 = nbformat.read(ROOT / "notebooks" / "05_save_verify_merge.ipynb", as_version=4)
 
 
 def test_a_process_that_used_no_gpu_is_left_alone():
     """Above all it is not made to use one: that alone would take half a GiB on each card."""
-    code = "import sys; from nbutils.kernel_memory import give_back; print([give_back()], 'torch' in sys.modules)"
+    code = (
+        "import sys; from nbutils.launching.kernel_memory import give_back; "
+        "print([give_back()], 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[''] False\n"
     assert give_back() == "" or torch.cuda.is_available()
@@ -77,7 +80,9 @@ def test_a_tensor_that_only_points_at_itself_is_given_back_too(monkeypatch):
 @pytest.mark.launch
 def test_a_launch_says_it_between_the_command_and_the_first_line_of_progress(tmp_path, monkeypatch, capsys):
     (tmp_path / "script.py").write_text("")
-    monkeypatch.setattr("nbutils.launch.give_back", lambda: "This kernel holds 3.0 GiB on GPU 1.")
+    monkeypatch.setattr(
+        "nbutils.launching.kernel_memory.give_back", lambda: "This kernel holds 3.0 GiB on GPU 1."
+    )
     config = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
     launch(tmp_path / "script.py", [], config, log=tmp_path / "log", rehearsal=False, timeout=60)
     printed = capsys.readouterr().out
@@ -139,7 +144,7 @@ def test_a_card_that_cannot_hold_the_weights_is_known_beforehand(monkeypatch):
 def test_notebook_05_leaves_out_what_one_card_cannot_hold(tmp_path, monkeypatch, capsys):
     """From the losses to the last exercise that needs them: no cell fails, and none puts the model on a GPU."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("nbutils.kernel_memory.too_large_for_a_gpu", lambda weights: "Skipped.")
+    monkeypatch.setattr("nbutils.launching.kernel_memory.too_large_for_a_gpu", lambda weights: "Skipped.")
     peft_model = SimpleNamespace(from_pretrained=lambda base, adapter: base)  # no adapter was trained here
     known = before_the_losses(tmp_path)
     exec(cell("def heldout_loss"), known)

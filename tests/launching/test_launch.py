@@ -11,8 +11,8 @@ import yaml
 from jupyter_client import KernelManager
 from processes import ranks_of, wait_until
 
-from nbutils.course import ROOT
-from nbutils.launch import (
+from nbutils.common.paths import ROOT
+from nbutils.launching.launch import (
     LaunchFailed,
     copyable,
     first_failure,
@@ -218,7 +218,7 @@ def test_a_time_out_ends_every_rank(tmp_path):
 
 
 LAUNCH = """
-from nbutils.launch import launch
+from nbutils.launching.launch import launch
 launch({script!r}, [{folder!r}], {config!r}, log={folder!r} + "/launch.log", rehearsal=False)
 """
 SLEEPER = """
@@ -272,7 +272,7 @@ def test_no_rank_outlives_a_kernel_that_dies(tmp_path):
 
 def test_the_printed_command_is_one_command_for_a_shell():
     words = launch_command(
-        "a b.py", ["--model", "x" * 60, "--note", "it's"], "c.yaml", "nbutils.rehearsal", 2
+        "a b.py", ["--model", "x" * 60, "--note", "it's"], "c.yaml", "nbutils.launching.rehearsal", 2
     )
     text = copyable(words)
     assert "\\\n" in text

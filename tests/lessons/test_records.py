@@ -8,8 +8,9 @@ import psutil
 import pytest
 from recording import record
 
-from nbutils import provenance, recorded
-from nbutils.course import ROOT
+from nbutils.common import provenance
+from nbutils.common.paths import ROOT
+from nbutils.lessons import records as recorded
 
 RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = sorted(path for path in RESULTS.rglob("*.json") if path.parent.name != "peaks")

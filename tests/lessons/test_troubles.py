@@ -7,9 +7,9 @@ import re
 import nbformat
 import pytest
 
-from nbutils import recorded
-from nbutils.course import ROOT
-from nbutils.troubles import CELL, NOT_REPRODUCED, PAGE, RECORDED, TROUBLES, as_markdown
+from nbutils.common.paths import ROOT
+from nbutils.lessons import records as recorded
+from nbutils.lessons.troubles import CELL, NOT_REPRODUCED, PAGE, RECORDED, TROUBLES, as_markdown
 
 NOTEBOOK = ROOT / "notebooks/07_when_it_breaks.ipynb"
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from nbutils import loading
 from nbutils.__main__ import main
-from nbutils.checkpoint import BadCheckpoint
-from nbutils.download import CannotDownload, local_folder
-from nbutils.loading import load_nf4, nf4_config, quantise_checkpoint
+from nbutils.models import loading
+from nbutils.models.hub import CannotDownload, local_folder
+from nbutils.models.loading import load_nf4, quantise_checkpoint
+from nbutils.models.nf4 import nf4_config
+from nbutils.models.safetensors_reader import BadCheckpoint
 
 NORM, LINEAR = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
 
@@ -77,7 +78,7 @@ def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_bf16_becomes_what_transformers_makes_of_it(tmp_path, tied, monkeypatch):
-    monkeypatch.setattr("nbutils.quantise.PIECE", 64 * 100)  # several pieces, the last one shorter
+    monkeypatch.setattr("nbutils.models.nf4.PIECE", 64 * 100)  # several pieces, the last one shorter
     folder = write_base(tmp_path / "base", tied)
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert_same(load_nf4(str(folder)), plain(folder))
@@ -198,7 +199,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 MEMORY = """
 import sys, re
 from pathlib import Path
-from nbutils import loading
+from nbutils.models import loading
 import bitsandbytes, torch
 def anonymous():
     return int(re.search(r"^RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
@@ -213,7 +214,7 @@ def watch(function):
         return result
     return wrapped
 loading.quantise_tensor = watch(loading.quantise_tensor)
-import nbutils.quantise as q
+import nbutils.models.nf4 as q
 q.quantise_tensor = watch(q.quantise_tensor)
 model = loading.load_nf4(sys.argv[1])
 loaded = max(highest, anonymous()) - before

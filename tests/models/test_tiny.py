@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from nbutils.chat import PLAIN_TEMPLATE, ready_for_chat
-from nbutils.tiny import SPECIAL_TOKENS, read_prose, tiny_base, train_tokenizer
+from nbutils.data.templates import PLAIN_TEMPLATE, ready_for_chat
+from nbutils.models.tiny import SPECIAL_TOKENS, read_prose, tiny_base, train_tokenizer
 
 TURNS = [{"role": "user", "content": "What is a shard?"}, {"role": "assistant", "content": "A slice."}]
 

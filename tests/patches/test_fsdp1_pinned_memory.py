@@ -11,9 +11,9 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle, HandleShardingSt
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from nbutils.offload import spare_host_memory
-from nbutils.resuming import optimizer_pieces, put_optimizer_back
-from nbutils.shapes import Setup
+from nbutils.patches.fsdp1_pinned_memory import spare_host_memory
+from nbutils.planning.run_setup import Setup
+from nbutils.training.trainer import optimizer_pieces, put_optimizer_back
 
 
 @pytest.fixture

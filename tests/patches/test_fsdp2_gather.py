@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from nbutils.course import ROOT
-from nbutils.launch import LaunchFailed, launch
-from nbutils.recipe import write_script
-from nbutils.tiny import tiny_base
+from nbutils.common.paths import ROOT
+from nbutils.launching.launch import LaunchFailed, launch
+from nbutils.launching.script_file import write_script
+from nbutils.models.tiny import tiny_base
 
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 2,

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from nbutils import doctor
-from nbutils.course import ROOT
-from nbutils.doctor import FAIL, OK, WARN
-from nbutils.loading import IN_MEMORY_BYTES
-from nbutils.memory_items import GIB
-from nbutils.needs import IN_MEMORY_GB, MODELS, host_gib
+from nbutils.common.paths import ROOT
+from nbutils.models.loading import IN_MEMORY_BYTES
+from nbutils.planning import doctor
+from nbutils.planning.doctor import FAIL, OK, WARN
+from nbutils.planning.memory_items import GIB
+from nbutils.planning.model_needs import IN_MEMORY_GB, MODELS, host_gib
 
 BIG, TINY = MODELS["llama31_70b"], MODELS["tiny"]
 RTX3090 = {"index": 0, "name": "NVIDIA GeForce RTX 3090", "gib": 24.0, "capability": 8.6}

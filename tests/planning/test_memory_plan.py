@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nbutils.memory import _changes, _Run, fits, plan, what_to_change
-from nbutils.memory_items import GIB, pinned_bytes, quantisation_state_bytes, saved_bytes_per_token
-from nbutils.needs import MODELS, gpu_gib
-from nbutils.out_of_memory import advice, settings_of
-from nbutils.scale_figures import plan_of
-from nbutils.shapes import SHAPES, Choices, Setup, config_of, shape_of
+from nbutils.launching.out_of_memory import advice, settings_of
+from nbutils.lessons.scale_figures import plan_of
+from nbutils.planning.memory_items import (
+    GIB,
+    pinned_bytes,
+    quantisation_state_bytes,
+    saved_bytes_per_token,
+)
+from nbutils.planning.memory_plan import _changes, _Run, fits, plan, what_to_change
+from nbutils.planning.model_needs import MODELS, gpu_gib
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.shapes import SHAPES, config_of, shape_of
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 RUNS = {
     path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text())
     for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("each_change/*.json")])
@@ -130,7 +136,7 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("config", ["config_fsdp.yaml", "config_fsdp2.yaml"])
 def test_the_setup_comes_from_the_config_files(config):
-    folder = Path(__file__).parents[1] / "configs" / "accelerate"
+    folder = Path(__file__).parents[2] / "configs" / "accelerate"
     setup = Setup.read(folder / config)
     assert (setup.fsdp_version, setup.offload) == ((1, True) if config == "config_fsdp.yaml" else (2, False))
     assert setup.world_size == 2 and setup.reshard
@@ -168,7 +174,7 @@ def test_what_it_says_to_change_can_be_done(version):
 
 @pytest.mark.parametrize("name", ["llama32_1b", "llama31_8b", "llama31_70b"])
 def test_one_rank_of_fsdp1_has_all_of_the_model_on_its_gpu_with_offload_too(name):
-    """tests/test_offload.py shows why; FSDP 2 shards among one as well, and leaves the GPU."""
+    """tests/patches/test_fsdp1_pinned_memory.py shows why; FSDP 2 shards among one as well, and leaves the GPU."""
     shape = SHAPES[name]
     offloaded, plain = (plan(shape, Setup(1, 1, offload), 1, 1024) for offload in (True, False))
     assert offloaded.moments == plain.moments

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from nbutils import parameters, reading
-from nbutils.course import ROOT
+from nbutils.common.paths import ROOT
+from nbutils.publishing import parameters
+from nbutils.publishing import refresh as reading
 
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PRIVATE = re.compile(
@@ -83,7 +84,7 @@ def test_outputs_are_written_back_without_what_is_private():
     source = notebook_that_said()
     executed = notebook_that_said(
         printed(
-            f"in {ROOT}/runs/refresh/train and runs/refresh/x\n{ROOT}/nbutils/data.py\n"
+            f"in {ROOT}/runs/refresh/train and runs/refresh/x\n{ROOT}/nbutils/data/rows.py\n"
             f"/any/where/lib/python3.11/site-packages/torch/nn.py\n{Path.home()}/secret\n"
         ),
         new_output("execute_result", {"text/plain": "2"}, execution_count=9),

@@ -12,9 +12,10 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from processes import as_in_a_terminal, ranks_of, wait_until
 
-from nbutils import course, parameters, runner
 from nbutils.__main__ import main
-from nbutils.course import ROOT
+from nbutils.common import paths as course
+from nbutils.common.paths import ROOT
+from nbutils.publishing import parameters, runner
 
 PARAMETERS = """\
 model: str = "tiny"  # the tiny base, a folder, or a hub id
@@ -161,7 +162,7 @@ def test_every_fault_is_named_at_once_and_within_seconds_of_typing(tmp_path):
 
 def test_parameters_are_checked_before_anything_heavy_is_imported():
     """Torch and transformers take seconds to import; a typing mistake need not wait for them."""
-    code = "import sys, nbutils.runner; print({'torch', 'transformers', 'papermill'} & set(sys.modules))"
+    code = "import sys, nbutils.publishing.runner; print({'torch', 'transformers', 'papermill'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
@@ -264,13 +265,16 @@ def test_a_cell_that_takes_too_long_ends_the_run_and_its_ranks(series, tmp_path,
     script = tmp_path / "sleeper.py"
     script.write_text("import sys, pathlib, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)")
     cell = (
-        "from nbutils.launch import launch\n"
+        "from nbutils.launching.launch import launch\n"
         f"launch({str(script)!r}, [{str(tmp_path / 'ready')!r}], 'configs/accelerate/rehearsal_fsdp1.yaml', "
         f"log={str(tmp_path / 'log')!r}, rehearsal=False)"
     )
     write_notebook(series.folder, "00_first", cell)
     assert series("--cell-timeout", "12") == 1
-    assert "CellTimeoutError in this cell:\n    from nbutils.launch import launch" in capsys.readouterr().err
+    assert (
+        "CellTimeoutError in this cell:\n    from nbutils.launching.launch import launch"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "ready").exists()
     wait_until(lambda: ranks_of(script) == [], 10)
 
@@ -280,7 +284,7 @@ def test_an_interrupt_on_the_terminal_ends_the_series_and_its_ranks(series, tmp_
     script = tmp_path / "sleeper.py"
     script.write_text("import sys, pathlib, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)")
     cell = (
-        "from nbutils.launch import launch\n"
+        "from nbutils.launching.launch import launch\n"
         f"launch({str(script)!r}, [{str(tmp_path / 'ready')!r}], 'configs/accelerate/rehearsal_fsdp1.yaml', "
         f"log={str(tmp_path / 'log')!r}, rehearsal=False)"
     )
@@ -318,7 +322,7 @@ def test_going_on_from_a_notebook_keeps_the_folder_and_its_parameters(tmp_path, 
     write_notebook(folder, "00_first", "x = 1")
     write_notebook(folder, "01_second", "print(max_steps)")
     monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr("nbutils.course.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("nbutils.common.paths.RUNS", tmp_path / "runs")
     run = runner.run_series(params(tmp_path, "max_steps: 9"), folder=folder)
     assert (tmp_path / "runs/latest").resolve() == run.resolve()
     assert runner.run_series(begin="01", folder=folder).resolve() == run.resolve()

@@ -13,8 +13,8 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pygments.styles import get_style_by_name
 
-from nbutils import site
-from nbutils.course import ROOT
+from nbutils.common.paths import ROOT
+from nbutils.publishing import site
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 

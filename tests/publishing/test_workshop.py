@@ -7,9 +7,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbutils import editions, proving
-from nbutils.course import ROOT
-from nbutils.course_map import LESSONS
+from nbutils.common.paths import ROOT
+from nbutils.lessons.course_map import LESSONS
+from nbutils.publishing import workshop as editions
+from nbutils.publishing import workshop_proof as proving
 
 MASTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXERCISE = (
@@ -111,7 +112,7 @@ def test_the_archive_is_the_same_twice_and_holds_what_it_needs(built):
         name.removeprefix(f"{editions.NAME}/"): zipfile.ZipFile(archive).read(name)
         for name in zipfile.ZipFile(archive).namelist()
     }
-    wanted = {"Makefile", "START.txt", "nbutils/course.py", "configs/accelerate/config_fsdp.yaml"}
+    wanted = {"Makefile", "START.txt", "nbutils/common/paths.py", "configs/accelerate/config_fsdp.yaml"}
     wanted |= {f"notebooks/{path.name}" for path in MASTERS}
     assert wanted <= names.keys()
     assert not [name for name in names if name.startswith(("tests/", "runs/", ".")) or "teachers" in name]

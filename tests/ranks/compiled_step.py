@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nbutils.compiling import compile_layers
-from nbutils.loading import load_nf4
-from nbutils.prep import prepare_for_fsdp_qlora
-from nbutils.rehearsal import keep_four_bit_weights_in_order
+from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
+from nbutils.models.loading import load_nf4
+from nbutils.training.compiled_layers import compile_layers
+from nbutils.training.prep import prepare_for_fsdp_qlora
 
 LAYERS = 12  # more than the eight compilations of one function after which torch.compile gives up
 MULTIPLICATION = "bitsandbytes::gemm_4bit"

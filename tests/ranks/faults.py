@@ -23,7 +23,11 @@ from pathlib import Path
 
 import torch
 
-from nbutils import checkpoint, loading, rehearsal, resuming, saving
+from nbutils.adapters import save as saving
+from nbutils.launching import rehearsal
+from nbutils.models import loading
+from nbutils.models import safetensors_reader as checkpoint
+from nbutils.training import trainer as resuming
 
 
 def arm(fault: dict, script_arguments: list[str]) -> None:

@@ -7,7 +7,7 @@ torch's `_foreach_copy_` is exact on a CPU. On CUDA it takes bf16 to float and b
 
 import torch
 
-from nbutils import rehearsal
+from nbutils.launching import rehearsal
 
 exact = torch._foreach_copy_
 

@@ -1,6 +1,6 @@
 """Save as the recipe of 2024 does, and as we do, after two steps of the Trainer under FSDP.
 
-Run as: accelerate launch --config_file configs/accelerate/rehearsal_fsdp1.yaml -m nbutils.rehearsal THIS FOLDER
+Run as: accelerate launch --config_file CONFIG -m nbutils.launching.rehearsal THIS FOLDER
 """
 
 import json
@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from nbutils import saving
+from nbutils.adapters import save as saving
 
 
 def main(folder: Path) -> None:

@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from nbutils import saving, shards
-from nbutils.comparing import compare_logits, fixed_batch_logits
+from nbutils.adapters import gather as shards
+from nbutils.adapters import save as saving
+from nbutils.adapters.logits import compare_logits, fixed_batch_logits
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 2

@@ -26,9 +26,12 @@ from pathlib import Path
 
 import trl  # noqa: F401 (imported once, for all ranks)
 
-from nbutils import checkpoints, loading, resuming, saving
-from nbutils.configs import launch_environment
-from nbutils.course import ROOT
+from nbutils.adapters import checkpoint_folder as checkpoints
+from nbutils.adapters import save as saving
+from nbutils.common.paths import ROOT
+from nbutils.launching.config_files import launch_environment
+from nbutils.models import loading
+from nbutils.training import trainer as resuming
 
 GRACE = 1.0  # seconds between the death of one rank and that of the others; torchrun does the same
 CONFIG = str(ROOT / "configs/accelerate/rehearsal_fsdp{}.yaml")
@@ -92,7 +95,7 @@ def be_rank(number: int, run: dict, port: int, script: str, log: Path) -> None:
             "MASTER_PORT": str(port),
         }
     os.environ |= run.get("variables", {})
-    from nbutils import rehearsal
+    from nbutils.launching import rehearsal
 
     try:
         rehearsal.enable()

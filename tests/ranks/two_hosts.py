@@ -1,6 +1,6 @@
 """Two hosts made of this machine: network namespaces joined by a cable, `accelerate launch` in each.
 
-Run by tests/test_two_hosts.py:
+Run by tests/whole/test_two_hosts.py:
 unshare -rnmpf --kill-child --mount-proc python tests/ranks/two_hosts.py FOLDER CONFIG HYBRID
 
 FOLDER holds the script and its arguments (arguments.json), and is the file system that both see. First a launch with
@@ -47,7 +47,11 @@ def start(
 ) -> subprocess.Popen:
     """What is typed on a machine, in the host's network; with a fault, as tests/ranks/faults.py knows them."""
     words = ["accelerate", "launch", "--config_file", config, "--machine_rank", str(host), *more]
-    words += ["-m", "faults" if fault else "nbutils.rehearsal", str(folder / "fine_tuning_FSDP_QLoRA.py")]
+    words += [
+        "-m",
+        "faults" if fault else "nbutils.launching.rehearsal",
+        str(folder / "fine_tuning_FSDP_QLoRA.py"),
+    ]
     words += json.loads((folder / arguments).read_text())
     enter = [
         "nsenter",

@@ -20,9 +20,9 @@ from torch.distributed.fsdp.wrap import (
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from nbutils.loading import nf4_config
-from nbutils.preflight import GROUP_DTYPE, MENDS, PreflightError, preflight
-from nbutils.prep import prepare_for_fsdp_qlora
+from nbutils.models.nf4 import nf4_config
+from nbutils.training.preflight import GROUP_DTYPE, MENDS, PreflightError, preflight
+from nbutils.training.prep import prepare_for_fsdp_qlora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -9,8 +9,12 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nbutils.loading import load_nf4
-from nbutils.prep import keep_rotary_frequencies_exact, prepare_for_fsdp_qlora, rotary_error
+from nbutils.models.loading import load_nf4
+from nbutils.training.prep import (
+    keep_rotary_frequencies_exact,
+    prepare_for_fsdp_qlora,
+    rotary_error,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.arange(24)[None]  # (1, 24)

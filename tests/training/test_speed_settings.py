@@ -11,16 +11,16 @@ import pytest
 import torch
 import transformers.modeling_utils
 from peft import LoraConfig, get_peft_model
-from test_checkpoints import run, train
 from torch import nn
+from training_runs import run, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nbutils.compiling import adapter_first
-from nbutils.course import ROOT
-from nbutils.loading import load_nf4
-from nbutils.on_host import keep_embeddings_on_host, refuse_offloaded_head
-from nbutils.rehearsal import keep_four_bit_weights_in_order
-from nbutils.waiting import WaitOnHost, copy_activations_beside_compute
+from nbutils.common.paths import ROOT
+from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
+from nbutils.models.loading import load_nf4
+from nbutils.patches.activation_offload import WaitOnHost, copy_activations_beside_compute
+from nbutils.training.compiled_layers import adapter_first
+from nbutils.training.host_embeddings import keep_embeddings_on_host, refuse_offloaded_head
 
 COMPILER = os.environ.get("CXX", "g++")  # torch.compile writes C++ for a CPU
 
@@ -297,7 +297,7 @@ def test_a_rehearsal_loads_no_compiler_and_gives_torch_compile_back():
     code = """
 import sys, torch
 before = torch.compile
-from nbutils import rehearsal
+from nbutils.launching import rehearsal
 rehearsal.enable()
 assert "bitsandbytes" in sys.modules
 assert torch.compile is before

@@ -8,10 +8,11 @@ import nbformat
 import numpy as np
 import pytest
 from bs4 import BeautifulSoup
+from headings import headings
 from matplotlib.colors import to_rgb
 
-from nbutils import plots
-from nbutils.course import ROOT
+from nbutils.common.paths import ROOT
+from nbutils.lessons import plots
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -59,15 +60,6 @@ def test_prose_beside_a_figure_is_no_twin_of_it(capsys):
 
 def test_some_notebooks_have_figures():
     assert sum(len(images(cell)) for path in NOTEBOOKS for cell in code_cells(path)) >= 5
-
-
-def headings(path) -> list[tuple[int, str]]:
-    found = []
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            text = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)
-            found += [(len(marks), title) for marks, title in re.findall(r"^(#+) (.*)", text, re.MULTILINE)]
-    return found
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -30,23 +30,23 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 from trl import SFTConfig
 
-from nbutils import refusing
-from nbutils.chat import PAD_CANDIDATES
-from nbutils.config_faults import BadConfig, refuse_bad_config
-from nbutils.configs import RECIPE, RECIPE_FSDP2, variant
-from nbutils.course import ROOT
-from nbutils.hybrid import SPELLINGS
-from nbutils.launch import choose_config
-from nbutils.loading import quantise_checkpoint
-from nbutils.recipe import write_script
-from nbutils.refusing import Refused
-from nbutils.shared_output import Token
-from nbutils.tiny import tiny_base
+from nbutils.common.paths import ROOT
+from nbutils.common.refused import Refused
+from nbutils.data.templates import PAD_CANDIDATES
+from nbutils.launching.config_faults import BadConfig, refuse_bad_config
+from nbutils.launching.config_files import RECIPE, RECIPE_FSDP2, variant
+from nbutils.launching.launch import choose_config
+from nbutils.launching.script_file import write_script
+from nbutils.models.loading import quantise_checkpoint
+from nbutils.models.tiny import tiny_base
+from nbutils.planning.hybrid_shard import SPELLINGS
+from nbutils.training import before_loading as refusing
+from nbutils.training.shared_output import Token
 
 pytestmark = pytest.mark.launch
 
 HYBRID = Path("configs/machines/two_machines_hybrid.yaml")
-COMMAND = "python -m pytest -m matrix -s tests/test_bad_input.py"
+COMMAND = "python -m pytest -m matrix -s tests/whole/test_bad_input.py"
 SETTINGS = {
     "dataset": str(ROOT / "data/instructions/train.jsonl"),
     "heldout_dataset": str(ROOT / "data/instructions/heldout.jsonl"),
@@ -588,7 +588,7 @@ def machine(number: int, folder: Path, port: int, script: str, hub: str) -> subp
     )  # fmt: skip
     told = {**SAVED, "model": folder / "none"}  # nothing is there that could be read
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["-m", "nbutils.rehearsal", script, *words(told, output_dir=folder / "runs/out")]
+    command += ["-m", "nbutils.launching.rehearsal", script, *words(told, output_dir=folder / "runs/out")]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment(hub, folder / "home"), cwd=ROOT,

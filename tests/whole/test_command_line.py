@@ -14,10 +14,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from nbutils import site
 from nbutils.__main__ import main
-from nbutils.course import ROOT, at_root, from_here
-from nbutils.launch import choose_config
+from nbutils.common.paths import ROOT, at_root, from_here
+from nbutils.launching.launch import choose_config
+from nbutils.publishing import site
 
 LINEAR = "model.layers.0.self_attn.q_proj.weight"
 
@@ -178,7 +178,7 @@ def test_a_page_that_would_be_broken_is_named(tmp_path, monkeypatch, capsys):
 
 def test_a_fault_of_ours_is_no_sentence(monkeypatch):
     """What is nobody's bad input must keep its traceback."""
-    monkeypatch.setattr("nbutils.recipe.script_text", lambda notebook: {}["a bug"])
+    monkeypatch.setattr("nbutils.launching.script_file.script_text", lambda notebook: {}["a bug"])
     with pytest.raises(KeyError):
         main(["script", "unused"])
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from processes import as_in_a_terminal, ranks_of, wait_until
 
-from nbutils.checkpoints import export_adapter, newest_complete
-from nbutils.course import ROOT
-from nbutils.launch import LaunchFailed, choose_config, launch
-from nbutils.recipe import write_script
-from nbutils.tiny import tiny_base
+from nbutils.adapters.checkpoint_folder import newest_complete
+from nbutils.adapters.export import export_adapter
+from nbutils.common.paths import ROOT
+from nbutils.launching.launch import LaunchFailed, choose_config, launch
+from nbutils.launching.script_file import write_script
+from nbutils.models.tiny import tiny_base
 
 pytestmark = [pytest.mark.launch, pytest.mark.ci]
 
@@ -112,7 +113,7 @@ def test_every_rank_ends_with_the_cause_and_the_last_checkpoint_is_good(name, tm
         assert_usable(tmp_path / "out", step, tmp_path)
 
 
-@pytest.mark.matrix  # a minute; each commit loses a whole host, in tests/test_two_hosts.py
+@pytest.mark.matrix  # a minute; each commit loses a whole host, in tests/whole/test_two_hosts.py
 def test_a_rank_that_hangs_ends_the_run(tmp_path, monkeypatch):
     """A rank that waits for a dead file system says nothing. The others wait as long as `ddp_timeout` allows.
 
@@ -150,10 +151,11 @@ def test_a_closed_terminal_ends_every_rank(tmp_path, monkeypatch):
 DRIVER = """
 import json, os, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/whole"]
 from test_faults import SETTINGS, arguments
-from nbutils.checkpoints import export_adapter, newest_complete
-from nbutils.launch import LaunchFailed, choose_config, launch
+from nbutils.adapters.export import export_adapter
+from nbutils.adapters.checkpoint_folder import newest_complete
+from nbutils.launching.launch import LaunchFailed, choose_config, launch
 
 folder = Path(sys.argv[1])
 said = "it ended well"

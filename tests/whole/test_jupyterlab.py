@@ -14,10 +14,10 @@ from urllib.request import Request, urlopen
 import browser
 import nbformat
 import pytest
-from test_accessibility import headings
+from headings import headings
 
-from nbutils import proving
-from nbutils.course import ROOT
+from nbutils.common.paths import ROOT
+from nbutils.publishing import workshop_proof as proving
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 TOKEN = "only-for-this-test"

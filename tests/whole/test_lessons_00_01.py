@@ -8,9 +8,10 @@ import nbformat
 import papermill
 import pytest
 
-from nbutils import configs, recorded
-from nbutils.course import ROOT
-from nbutils.course_map import LESSONS
+from nbutils.common.paths import ROOT
+from nbutils.launching import config_files as configs
+from nbutils.lessons import records as recorded
+from nbutils.lessons.course_map import LESSONS
 
 START, KEYS = ROOT / "notebooks/00_start_here.ipynb", ROOT / "notebooks/01_fsdp_config_choices.ipynb"
 PARTS = ("**Question.**", "**Measurement.**", "**Change it")

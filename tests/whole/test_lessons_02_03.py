@@ -9,10 +9,10 @@ import nbformat
 import pytest
 import torch.distributed as dist
 
-from nbutils.course import ROOT
-from nbutils.failures import LessonObsolete, expect_failure
-from nbutils.launch import LaunchFailed, launch
-from nbutils.tiny import tiny_base
+from nbutils.common.paths import ROOT
+from nbutils.launching.launch import LaunchFailed, launch
+from nbutils.lessons.intended_failures import LessonObsolete, expect_failure
+from nbutils.models.tiny import tiny_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LESSON_02 = ROOT / "notebooks" / "02_why_fp32_casting_fails.ipynb"
@@ -136,7 +136,8 @@ def test_the_launched_failure_of_lesson_02_is_real_and_is_missed_when_the_prep_i
         "model = prepare_for_fsdp_qlora(load_nf4(model_path))\n    model = get_peft_model",
     )
     mended = mended.replace(
-        "from nbutils.progress", "from nbutils.prep import prepare_for_fsdp_qlora\nfrom nbutils.progress"
+        "from nbutils.training.progress_log",
+        "from nbutils.training.prep import prepare_for_fsdp_qlora\nfrom nbutils.training.progress_log",
     )
     mended = mended.replace("p.to_local()", "p")
     assert mended.count("prepare_for_fsdp_qlora") == 2

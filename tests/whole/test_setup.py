@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from nbutils.course import ROOT
+from nbutils.common.paths import ROOT
 
 PINS = {
     "torch": "2.13.0",

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerState, TrainingArguments
 
-from nbutils.course import ROOT
-from nbutils.launch import LaunchFailed, choose_config, launch
-from nbutils.recipe import script_text
-from nbutils.tiny import tiny_base, tiny_config
+from nbutils.common.paths import ROOT
+from nbutils.launching.launch import LaunchFailed, choose_config, launch
+from nbutils.launching.script_file import script_text
+from nbutils.models.tiny import tiny_base, tiny_config
 
 pytestmark = pytest.mark.launch
 
@@ -260,6 +260,6 @@ def test_a_rehearsal_leaves_its_process_group_before_it_ends(tmp_path):
         "print('joined', dist.is_initialized())\n"
         "atexit.register(lambda: print('at the end', dist.is_initialized()))\n"
     )
-    words = [sys.executable, "-m", "nbutils.rehearsal", str(script)]
+    words = [sys.executable, "-m", "nbutils.launching.rehearsal", str(script)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "joined True\nat the end False\n"

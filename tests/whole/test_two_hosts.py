@@ -12,14 +12,20 @@ from accelerate.commands.launch import launch_command_parser
 from processes import ranks_of
 from safetensors.torch import load_file
 
-from nbutils import configs
-from nbutils.checkpoints import ADAPTER, export_adapter, rank_file
-from nbutils.configs import variant
-from nbutils.course import ROOT
-from nbutils.machines import bytes_between_machines, inside_a_machine, tokens_per_second
-from nbutils.recipe import write_script
-from nbutils.shapes import SHAPES, Setup, shape_of
-from nbutils.tiny import tiny_base
+from nbutils.adapters.checkpoint_folder import ADAPTER, rank_file
+from nbutils.adapters.export import export_adapter
+from nbutils.common.paths import ROOT
+from nbutils.launching import config_files as configs
+from nbutils.launching.config_files import variant
+from nbutils.launching.script_file import write_script
+from nbutils.models.tiny import tiny_base
+from nbutils.planning.network_traffic import (
+    bytes_between_machines,
+    inside_a_machine,
+    tokens_per_second,
+)
+from nbutils.planning.run_setup import Setup
+from nbutils.planning.shapes import SHAPES, shape_of
 
 pytestmark = [pytest.mark.launch, pytest.mark.ci]
 

@@ -1,0 +1,78 @@
+"""The launch and the settings of the script, as far as they decide about memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from nbutils.planning.hybrid_shard import is_hybrid
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an accelerate config decides about memory; `fsdp_version` 0 is one process without FSDP."""
+
+    world_size: int = 2
+    fsdp_version: int = 1
+    offload: bool = True
+    reshard: bool = True
+
+    @property
+    def no_shard(self) -> bool:
+        """FSDP 1 on one rank: whatever the config says, torch turns its strategy into NO_SHARD.
+
+        Then nothing is freed after its use. With offload the host has its copy, and the modules' views keep the other
+        on the GPU, until the next copy takes its place.
+        """
+        return self.fsdp_version == 1 and self.world_size == 1
+
+    @classmethod
+    def read(cls, path: str | Path, world_size: int | None = None) -> "Setup":
+        """Read an accelerate config file.
+
+        Args:
+            path: YAML for `accelerate launch`. Under HYBRID_SHARD the ranks of one machine share the model.
+            world_size: ranks of all machines, if they differ from the file's `num_processes`.
+        """
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        fsdp = config.get("fsdp_config") or {}
+        version = int(fsdp.get("fsdp_version", 1)) if fsdp else 0
+        strategy = fsdp.get("fsdp_sharding_strategy", "FULL_SHARD")
+        sharing = world_size or config.get("num_processes", 1)
+        if version == 1 and is_hybrid(strategy):
+            sharing //= config.get("num_machines", 1)
+        return cls(
+            world_size=sharing,
+            fsdp_version=version,
+            offload=bool(fsdp.get("fsdp_offload_params", False)),
+            reshard=bool(fsdp.get("fsdp_reshard_after_forward", True))
+            if version == 2
+            else strategy in ("FULL_SHARD", "HYBRID_SHARD"),
+        )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the script's settings decide about memory, beside batch, length and rank of the adapter."""
+
+    embeddings_on_host: bool = False
+    compile_layers: bool = False
+    checkpointing: bool = True
+    every_n_layers: int = 1
+    offload_activations: bool = False
+
+    @classmethod
+    def read(cls, settings: dict) -> "Choices":
+        """Read the settings of the script.
+
+        Args:
+            settings: as in its YAML; what is absent has the script's default.
+        """
+        how = settings.get("activation_checkpointing_kwargs") or {}
+        return cls(
+            embeddings_on_host=settings.get("embeddings_on_host", False),
+            compile_layers=settings.get("compile_layers", False),
+            checkpointing=settings.get("activation_checkpointing", True),
+            every_n_layers=how.get("every_n_layers", 1),
+            offload_activations=how.get("offload", False),
+        )

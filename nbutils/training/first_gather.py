@@ -1,0 +1,47 @@
+"""The guard of FSDP 2's gather: what the first one brings is compared with what this rank put in."""
+
+import bitsandbytes as bnb
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from nbutils.adapters.gather import piece_of
+from nbutils.patches.fsdp2_gather import _bytes
+
+
+class AlteredWeights(RuntimeError):
+    """What FSDP 2 gathers is not what the ranks hold."""
+
+
+def check_first_gather(model: torch.nn.Module) -> None:
+    """Compare, in the first forward pass, what the gather of a layer brings with what this rank put into it.
+
+    Args:
+        model: sharded by FSDP 2; with any other nothing is done.
+
+    Raises:
+        AlteredWeights: in that forward pass, with the number of bytes that differ.
+    """
+    unit = next((module for module in model.modules() if _is_innermost_unit_of_packed(module)), None)
+    if unit is None:
+        return
+    packed = [module for module in unit.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    pieces = [piece_of(module.weight.detach()) for module in packed]
+    held = [_bytes(piece.held).to("cpu", copy=True) for piece in pieces]
+
+    def compare(*_):
+        handle.remove()
+        brought = [_bytes(piece.cut(module.weight.detach())).cpu() for piece, module in zip(pieces, packed)]
+        differ = sum((here != there).sum().item() for here, there in zip(held, brought))
+        if differ:
+            raise AlteredWeights(
+                f"FSDP 2 gathered a layer with {differ:,} of this rank's {sum(map(torch.numel, held)):,} packed bytes "
+                "changed; none was wanted. The copy in the gather reads them as numbers (pytorch/pytorch#159333). Call "
+                "nbutils.patches.fsdp2_gather.gather_as_bytes() before training, as the script does, or take FSDP 1."
+            )
+
+    handle = unit.register_forward_pre_hook(compare)  # behind FSDP's own hook, which gathers
+
+
+def _is_innermost_unit_of_packed(module: torch.nn.Module) -> bool:
+    units = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
+    return units == [module] and any(isinstance(inner, bnb.nn.Linear4bit) for inner in module.modules())
