@@ -17,10 +17,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nbutils.common.paths import go_to_root
+from nbutils.common.progress_file import read_progress
 from nbutils.common.provenance import provenance
 from nbutils.launching.launch import launch
 from nbutils.launching.script_file import write_script
-from nbutils.training.progress_log import read_progress
 
 STEPS, EVERY = 8, 4
 FSDP1 = "configs/accelerate/config_fsdp.yaml"

@@ -153,7 +153,7 @@ def _refuse_a_broken_line(path: Path) -> None:
             except ValueError as problem:  # UnicodeDecodeError is one
                 raise ValueError(
                     f"{path}, line {number}: this is no JSON ({_first_line(problem)}). Wanted one object a line, in "
-                    "UTF-8. Mend the line or take it out."
+                    "UTF-8. Fix the line or take it out."
                 ) from None
             if not isinstance(row, dict):
                 raise ValueError(

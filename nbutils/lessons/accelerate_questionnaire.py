@@ -115,7 +115,7 @@ class _Screen:
                 shown = _plain(self.text)[-600:]
                 raise RuntimeError(
                     f"`accelerate config` was expected to show {what!r} and did not. The end of its screen:\n{shown}\n"
-                    "Today's accelerate asks other questions: mend nbutils/lessons/accelerate_questionnaire.py."
+                    "Today's accelerate asks other questions: fix nbutils/lessons/accelerate_questionnaire.py."
                 )
         at = self.text.index(what, self.read_to)
         self.read_to = at + len(what)

@@ -28,7 +28,7 @@ def expect_failure(error: type[BaseException], message: str, lines: int = 2) -> 
         if not re.search(message, str(caught)):
             raise LessonObsolete(
                 f"Lesson obsolete: {error.__name__} was raised as expected, but with other words. Wanted a message "
-                f"matching {message!r}, found {str(caught)!r}. Read the installed version's source and mend the lesson."
+                f"matching {message!r}, found {str(caught)!r}. Read the installed version's source and fix the lesson."
             ) from caught
         frames = traceback.extract_tb(caught.__traceback__)
         for frame in frames[len(frames) - lines :]:

@@ -19,7 +19,7 @@ class Trouble:
         message: words of the library, as they appear; or, in brackets, what is seen where nothing is said.
         where: who says it, and the versions it was seen with.
         cause: why.
-        mend: what to do.
+        fix: what to do.
         proof: a test as `tests/file.py::name`, a tagged cell, a recorded file, or that it was not reproduced.
         reports: public reports of it, `owner/name#number`.
     """
@@ -27,7 +27,7 @@ class Trouble:
     message: str
     where: str
     cause: str
-    mend: str
+    fix: str
     proof: str
     reports: tuple[str, ...] = ()
 
@@ -38,7 +38,7 @@ TROUBLES = [
         "The config file at ... had unknown keys",
         "accelerate 1.15",
         "A key on the first level is misspelt.",
-        "Mend the key. `python -m nbutils launch` names the nearest one.",
+        "Fix the key. `python -m nbutils launch` names the nearest one.",
         CELL + "unknown-key",
     ),
     Trouble(
@@ -103,7 +103,7 @@ TROUBLES = [
         "An error occurred while generating the dataset",
         "datasets 5.2",
         "A line of the JSONL file is no JSON. The message does not say which.",
-        "`nbutils.data.rows` names the line. Mend it or take it out.",
+        "`nbutils.data.rows` names the line. Fix it or take it out.",
         CELL + "broken-line",
     ),
     # ---- wrapping
@@ -261,7 +261,7 @@ def as_markdown() -> str:
         )
         message = message.replace("and `device_id` on", "and device_id on")
         reports = ", ".join(trouble.reports) or "-"
-        cells = (message, trouble.where, trouble.cause, trouble.mend, where_shown(trouble), reports)
+        cells = (message, trouble.where, trouble.cause, trouble.fix, where_shown(trouble), reports)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

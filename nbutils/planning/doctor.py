@@ -30,7 +30,7 @@ class Check:
     what: str
     found: str
     verdict: str = OK
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
@@ -41,7 +41,7 @@ def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
         processes: ranks that will run; the number of GPUs if not given, or 2 without any.
 
     Returns:
-        The checks, in the order in which a reader would mend them.
+        The checks, in the order in which a reader would fix them.
     """
     sizes = MODELS[model]
     gpus = find_gpus()
@@ -80,8 +80,8 @@ def check_packages(
         elif recorded:
             checks.append(_check_on_gpus(name, installed, wanted, recorded))
         elif installed != wanted:
-            mend = f"The course was tested with {wanted}: pip install {name}=={wanted}"
-            checks.append(Check(name, installed, WARN, mend))
+            fix = f"The course was tested with {wanted}: pip install {name}=={wanted}"
+            checks.append(Check(name, installed, WARN, fix))
         else:
             checks.append(Check(name, installed))
     return checks
@@ -103,10 +103,10 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
     """Number, memory, bf16 and link of the GPUs, against what the model needs."""
     if not gpus:
         if model.gpu_needed:
-            mend = f"{model.name} needs NVIDIA GPUs. Without them, run the course with the tiny model: make tutorial"
-            return [Check("GPUs", "none", FAIL, mend)]
-        mend = "None is needed for the tiny model: the same script is rehearsed on two CPU processes."
-        return [Check("GPUs", "none", WARN, mend)]
+            fix = f"{model.name} needs NVIDIA GPUs. Without them, run the course with the tiny model: make tutorial"
+            return [Check("GPUs", "none", FAIL, fix)]
+        fix = "None is needed for the tiny model: the same script is rehearsed on two CPU processes."
+        return [Check("GPUs", "none", WARN, fix)]
     sizes = [gpu["gib"] for gpu in gpus]
     smallest = None if None in sizes else min(sizes)
     size = "memory unknown" if smallest is None else f"{smallest:.1f} GiB"
@@ -114,7 +114,7 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
     if len(gpus) == 1:
         no_need = "FSDP shards over two or more GPUs; one needs no FSDP."
         rehearse = "The course shards over two. Rehearse it on the CPU: CUDA_VISIBLE_DEVICES= make tutorial"
-        checks[0].verdict, checks[0].mend = WARN, no_need if model.gpu_needed else rehearse
+        checks[0].verdict, checks[0].fix = WARN, no_need if model.gpu_needed else rehearse
     checks.append(_check_bf16([gpu["capability"] for gpu in gpus]))
     if len(gpus) > 1:
         checks.append(Check("GPU link", how_linked(gpus[0]["index"], gpus[1]["index"])))
@@ -126,11 +126,11 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
 def _check_bf16(capabilities: list[float | None]) -> Check:
     if any(found is not None and found < 8.0 for found in capabilities):
         least = min(found for found in capabilities if found is not None)
-        mend = "The recipe computes in bf16, which needs compute capability 8.0 (RTX 30, A100 or newer)."
-        return Check("bf16", f"compute capability {least}", FAIL, mend)
+        fix = "The recipe computes in bf16, which needs compute capability 8.0 (RTX 30, A100 or newer)."
+        return Check("bf16", f"compute capability {least}", FAIL, fix)
     if None in capabilities:
-        mend = "nvidia-smi does not tell it here. bf16 needs 8.0 (RTX 30, A100 or newer)."
-        return Check("bf16", "compute capability unknown", WARN, mend)
+        fix = "nvidia-smi does not tell it here. bf16 needs 8.0 (RTX 30, A100 or newer)."
+        return Check("bf16", "compute capability unknown", WARN, fix)
     return Check("bf16", "supported")
 
 
@@ -142,8 +142,8 @@ def _check_gpu_memory(model: Model, gpus: int, smallest: float | None) -> Check:
     else:  # one rank of FSDP 1 keeps the whole model on the GPU, offload or not
         found = f"{size}; needs {plain:.1f} (predicted)"
     if smallest is None:
-        mend = "nvidia-smi does not tell it here. A GPU that shares the host's memory has what the host can spare."
-        return Check("GPU memory", found, WARN, mend)
+        fix = "nvidia-smi does not tell it here. A GPU that shares the host's memory has what the host can spare."
+        return Check("GPU memory", found, WARN, fix)
     if smallest >= plain:
         return Check("GPU memory", found)
     if smallest >= offloaded:
@@ -221,13 +221,13 @@ def check_token(model: Model) -> Check:
 
 
 def as_text(checks: list[Check]) -> str:
-    """The checks as aligned lines, each mend beneath its line."""
+    """The checks as aligned lines, each fix beneath its line."""
     wide = max(len(check.what) for check in checks)
     lines = []
     for check in checks:
         lines.append(f"{check.verdict:<5}{check.what:<{wide + 2}}{check.found}")
-        if check.mend:
-            lines.append(" " * (wide + 7) + check.mend)
+        if check.fix:
+            lines.append(" " * (wide + 7) + check.fix)
     count = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (OK, WARN, FAIL)}
     lines.append(
         f"{count[OK]} OK, {count[WARN]} WARN, {count[FAIL]} FAIL on {platform.system()} {platform.machine()}"

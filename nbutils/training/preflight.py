@@ -23,7 +23,7 @@ CAST = "(nothing at all: the loss is wrong)"  # the two dtypes have as many byte
 CAST_SIZE = "shape '...' is invalid for input of size ..."  # from a kernel, in the first forward
 SCALAR = "fully_shard doesn't support scalar parameters."
 
-MENDS = {
+FIXES = {
     "integer dtype": "Load with BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16). The packed bytes stay the "
     "same; only the dtype that they claim to have changes.",
     "mixed dtypes": "Give all parameters of the unit one dtype. For a 4-bit base: use prepare_for_fsdp_qlora, not "
@@ -74,27 +74,27 @@ class Problem:
 
     Args:
         unit: name of the unit's module; "" is the root.
-        cause: one of the keys of `MENDS`.
+        cause: one of the keys of `FIXES`.
         parameter: full name of the first parameter that does not fit.
         message: the words that FSDP itself will use.
-        mend: what to do.
+        fix: what to do.
     """
 
     unit: str
     cause: str
     parameter: str
     message: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
         return (
             f"Unit {self.unit or '(root)'}, {self.cause}: {self.parameter} does not fit.\n"
-            f"  FSDP would say: {self.message}\n  What to do: {self.mend}"
+            f"  FSDP would say: {self.message}\n  What to do: {self.fix}"
         )
 
 
 class PreflightError(ValueError):
-    """FSDP would refuse the model; the message lists each cause, one parameter at fault, and the mend."""
+    """FSDP would refuse the model; the message lists each cause, one parameter at fault, and the fix."""
 
 
 @dataclass
@@ -271,7 +271,7 @@ def _collect(module: nn.Module, prefix: str, others: set[int], found: dict[str, 
 
 
 def _problem(unit: Unit, cause: str, parameter: str, message: str) -> Problem:
-    return Problem(unit.name, cause, parameter, message, MENDS[cause])
+    return Problem(unit.name, cause, parameter, message, FIXES[cause])
 
 
 def _refused_by_fsdp1(unit: Unit, use_orig_params: bool) -> list[Problem]:
@@ -381,7 +381,7 @@ def preflight_trainer(trainer: Trainer) -> Report | None:
         The report, or None if the run is not under FSDP.
 
     Raises:
-        PreflightError: FSDP would refuse the model, or spoil it; the message names the parameter and the mend.
+        PreflightError: FSDP would refuse the model, or spoil it; the message names the parameter and the fix.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:

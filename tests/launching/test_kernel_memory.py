@@ -80,9 +80,7 @@ def test_a_tensor_that_only_points_at_itself_is_given_back_too(monkeypatch):
 @pytest.mark.launch
 def test_a_launch_says_it_between_the_command_and_the_first_line_of_progress(tmp_path, monkeypatch, capsys):
     (tmp_path / "script.py").write_text("")
-    monkeypatch.setattr(
-        "nbutils.launching.kernel_memory.give_back", lambda: "This kernel holds 3.0 GiB on GPU 1."
-    )
+    monkeypatch.setattr("nbutils.launching.launch.give_back", lambda: "This kernel holds 3.0 GiB on GPU 1.")
     config = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
     launch(tmp_path / "script.py", [], config, log=tmp_path / "log", rehearsal=False, timeout=60)
     printed = capsys.readouterr().out

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from nbutils.common import nvidia_smi, versions
 from nbutils.common.paths import ROOT
 from nbutils.models.loading import IN_MEMORY_BYTES
 from nbutils.planning import doctor
@@ -30,8 +31,8 @@ def test_packages_are_held_against_the_lock():
     found = {"torch": "2.13.0", "peft": "0.20.0", "trl": None}
     checks = doctor.check_packages({"torch": "2.13.0", "peft": "0.21.2", "trl": "1.16.0"}, found)
     assert [check.verdict for check in checks] == [OK, WARN, FAIL]
-    assert "peft==0.21.2" in checks[1].mend
-    assert "trl==1.16.0" in checks[2].mend
+    assert "peft==0.21.2" in checks[1].fix
+    assert "trl==1.16.0" in checks[2].fix
 
 
 def test_on_gpus_the_torch_of_the_records_is_good_and_the_locks_torch_is_said_to_be_untried_there():
@@ -51,7 +52,7 @@ def test_on_gpus_the_torch_of_the_records_is_good_and_the_locks_torch_is_said_to
 
 
 def test_the_lock_names_every_package_of_the_stack():
-    assert set(doctor.STACK) <= doctor.locked_versions().keys()
+    assert set(versions.STACK) <= doctor.locked_versions().keys()
 
 
 def test_no_gpu_is_a_warning_for_the_tiny_model_and_a_failure_for_the_big_one():
@@ -72,7 +73,7 @@ def test_two_cards_of_24_gib_run_70b_with_offload_only():
 def test_with_one_gpu_the_tiny_model_is_rehearsed():
     one, two = (doctor.check_gpus(TINY, [RTX3090] * number)[0] for number in (1, 2))
     assert (one.verdict, two.verdict) == (WARN, OK)
-    assert one.mend.endswith("CUDA_VISIBLE_DEVICES= make tutorial")
+    assert one.fix.endswith("CUDA_VISIBLE_DEVICES= make tutorial")
 
 
 def test_an_old_card_without_bf16_fails():
@@ -105,24 +106,24 @@ def test_the_link_is_read_from_the_table_of_nvidia_smi(monkeypatch):
     table = (
         "        GPU0    GPU1    CPU Affinity\nGPU0     X      PHB     0-31\nGPU1    PHB      X      0-31\n"
     )
-    monkeypatch.setattr(doctor, "_nvidia_smi", lambda *arguments: table)
-    assert doctor.how_linked() == "PCIe through the host bridge (PHB)"
-    monkeypatch.setattr(doctor, "_nvidia_smi", lambda *arguments: table.replace("PHB", "NV18"))
-    assert doctor.how_linked() == "NVLink (NV18)"
+    monkeypatch.setattr(nvidia_smi, "_nvidia_smi", lambda *arguments: table)
+    assert nvidia_smi.how_linked() == "PCIe through the host bridge (PHB)"
+    monkeypatch.setattr(nvidia_smi, "_nvidia_smi", lambda *arguments: table.replace("PHB", "NV18"))
+    assert nvidia_smi.how_linked() == "NVLink (NV18)"
 
 
 def test_the_link_is_that_of_the_gpus_that_are_visible(monkeypatch):
     table = "\tGPU0\tGPU1\tGPU2\nGPU0\t X \tNV18\tSYS\nGPU1\tNV18\t X \tPIX\nGPU2\tSYS\tPIX\t X \n"
-    monkeypatch.setattr(doctor, "_nvidia_smi", lambda *arguments: table)
-    assert doctor.how_linked(0, 2) == "PCIe between two CPU sockets (SYS)"
-    assert doctor.how_linked(2, 1) == "one PCIe switch (PIX)"
+    monkeypatch.setattr(nvidia_smi, "_nvidia_smi", lambda *arguments: table)
+    assert nvidia_smi.how_linked(0, 2) == "PCIe between two CPU sockets (SYS)"
+    assert nvidia_smi.how_linked(2, 1) == "one PCIe switch (PIX)"
     monkeypatch.setattr(doctor, "find_gpus", lambda: [RTX3090 | {"index": index} for index in (1, 2)])
     (link,) = (check for check in doctor.check_gpus(TINY, doctor.find_gpus()) if check.what == "GPU link")
     assert link.found == "one PCIe switch (PIX)"
 
 
 @pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
+def fake_nvidia_smi(tmp_path, monkeypatch):
     """Put a program in the place of nvidia-smi that prints these lines, whatever it is asked."""
 
     def prints(*lines: str) -> None:
@@ -142,12 +143,12 @@ FOUR_CARDS = [
 ]
 
 
-def test_gpus_are_read_from_nvidia_smi(nvidia_smi):
-    nvidia_smi(*FOUR_CARDS)
+def test_gpus_are_read_from_nvidia_smi(fake_nvidia_smi):
+    fake_nvidia_smi(*FOUR_CARDS)
     gpus = doctor.find_gpus()
     assert [gpu["name"] for gpu in gpus] == ["NVIDIA H200"] * 2 + ["NVIDIA GeForce RTX 3090"] * 2
     assert gpus[0]["gib"] == pytest.approx(140.4, abs=0.1)
-    nvidia_smi("No devices were found")
+    fake_nvidia_smi("No devices were found")
     assert doctor.find_gpus() == []
 
 
@@ -167,34 +168,34 @@ def test_gpus_are_read_from_nvidia_smi(nvidia_smi):
         ("GPU-unknown,GPU-cc33", []),
     ],
 )
-def test_a_hidden_gpu_does_not_count(nvidia_smi, monkeypatch, chosen, seen):
-    nvidia_smi(*FOUR_CARDS)
+def test_a_hidden_gpu_does_not_count(fake_nvidia_smi, monkeypatch, chosen, seen):
+    fake_nvidia_smi(*FOUR_CARDS)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert [gpu["index"] for gpu in doctor.find_gpus()] == seen
 
 
-def test_a_mig_slice_counts_as_one_gpu_of_unknown_size(nvidia_smi, monkeypatch):
+def test_a_mig_slice_counts_as_one_gpu_of_unknown_size(fake_nvidia_smi, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0123,MIG-4567")
-    nvidia_smi(*FOUR_CARDS)
+    fake_nvidia_smi(*FOUR_CARDS)
     assert [(gpu["name"], gpu["gib"]) for gpu in doctor.find_gpus()] == [("a MIG slice of NVIDIA H200", None)]
-    nvidia_smi("No devices were found")
+    fake_nvidia_smi("No devices were found")
     assert doctor.find_gpus() == []
 
 
-def test_what_nvidia_smi_does_not_tell_is_said_to_be_unknown(nvidia_smi, capsys):
-    nvidia_smi("NVIDIA GB10, [N/A], 12.1, GPU-aa00")
+def test_what_nvidia_smi_does_not_tell_is_said_to_be_unknown(fake_nvidia_smi, capsys):
+    fake_nvidia_smi("NVIDIA GB10, [N/A], 12.1, GPU-aa00")
     doctor.main(["--model", "llama31_8b"])
     table = capsys.readouterr().out
     assert "1 x NVIDIA GB10, memory unknown" in table
     assert re.search(r"WARN GPU memory +unknown; needs [\d.]+ \(predicted\)", table)
     assert re.search(r"OK +bf16 +supported", table)
-    nvidia_smi("NVIDIA H100, [Insufficient Permissions], [N/A], GPU-aa00")
+    fake_nvidia_smi("NVIDIA H100, [Insufficient Permissions], [N/A], GPU-aa00")
     assert verdicts(BIG, doctor.find_gpus()) == {"GPUs": WARN, "bf16": WARN, "GPU memory": WARN}
     assert verdicts(TINY, doctor.find_gpus()) == {"GPUs": WARN, "bf16": WARN}
 
 
-def test_one_unknown_size_leaves_the_smallest_unknown_and_an_old_card_is_still_too_old(nvidia_smi):
-    nvidia_smi(FOUR_CARDS[0], "NVIDIA GB10, [N/A], 7.5, GPU-dd44")
+def test_one_unknown_size_leaves_the_smallest_unknown_and_an_old_card_is_still_too_old(fake_nvidia_smi):
+    fake_nvidia_smi(FOUR_CARDS[0], "NVIDIA GB10, [N/A], 7.5, GPU-dd44")
     assert verdicts(BIG, doctor.find_gpus()) == {"GPUs": OK, "bf16": FAIL, "GPU link": OK, "GPU memory": WARN}
 
 
@@ -215,10 +216,10 @@ def test_small_shared_memory_warns(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("verdict", "status"), [(OK, 0), (WARN, 0), (FAIL, 1)])
 def test_the_exit_status_says_whether_something_failed(monkeypatch, capsys, verdict, status):
     monkeypatch.setattr(
-        doctor, "examine", lambda *arguments: [doctor.Check("thing", "found", verdict, "mend it")]
+        doctor, "examine", lambda *arguments: [doctor.Check("thing", "found", verdict, "fix it")]
     )
     assert doctor.main() == status
-    assert "mend it" in capsys.readouterr().out
+    assert "fix it" in capsys.readouterr().out
 
 
 def test_from_the_command_line():
@@ -229,5 +230,7 @@ def test_from_the_command_line():
 
 
 def test_looking_at_gpus_does_not_start_cuda():
-    code = "import sys; from nbutils import doctor; doctor.examine(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from nbutils.planning import doctor; doctor.examine(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0

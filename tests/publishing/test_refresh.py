@@ -93,7 +93,7 @@ def test_outputs_are_written_back_without_what_is_private():
     clean = reading.with_outputs(source, executed, Path("runs/refresh"))
     cell = clean.cells[0]
     assert cell.outputs[0].text == (
-        "in runs/latest/train and runs/latest/x\nnbutils/data.py\ntorch/nn.py\n~/secret\n"
+        "in runs/latest/train and runs/latest/x\nnbutils/data/rows.py\ntorch/nn.py\n~/secret\n"
     )
     assert (cell.execution_count, cell.outputs[1].execution_count) == (1, 1)
     assert cell.metadata == {"tags": ["kept"]} and set(clean.metadata) == {"kernelspec", "language_info"}

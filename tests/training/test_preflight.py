@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nbutils.models.nf4 import nf4_config
-from nbutils.training.preflight import GROUP_DTYPE, MENDS, PreflightError, preflight
+from nbutils.training.preflight import FIXES, GROUP_DTYPE, PreflightError, preflight
 from nbutils.training.prep import prepare_for_fsdp_qlora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -178,7 +178,7 @@ def test_the_parameter_at_fault_is_the_odd_one_out(outcomes):
                 assert {parameter.dtype for parameter in before} == {before[0].dtype} != {at_fault.dtype}
             else:
                 assert 0 < unit.trainable < len(unit.parameters)
-            assert problem.mend == MENDS[problem.cause]
+            assert problem.fix == FIXES[problem.cause]
 
 
 def test_the_mend_mends(bases):

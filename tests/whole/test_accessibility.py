@@ -138,7 +138,7 @@ def test_each_line_has_a_marker_of_its_own_and_each_dtype_a_hatch():
 
 def test_figures_take_their_colours_from_the_palette():
     sources = {
-        path.name: path.read_text() for path in (ROOT / "nbutils").glob("*.py") if path.stem != "plots"
+        path.name: path.read_text() for path in (ROOT / "nbutils").rglob("*.py") if path.stem != "plots"
     }
     sources |= {path.name: "\n".join(cell.source for cell in code_cells(path)) for path in NOTEBOOKS}
     for name, text in sources.items():

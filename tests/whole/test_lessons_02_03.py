@@ -38,7 +38,7 @@ def meaning(function: ast.FunctionDef) -> str:
 def taught_functions() -> list[tuple[Path, str, str]]:
     return [
         (module, number, name)
-        for module in sorted((ROOT / "nbutils").glob("*.py"))
+        for module in sorted((ROOT / "nbutils").rglob("*.py"))
         for number, name in TAUGHT.findall(module.read_text())
     ]
 
@@ -131,16 +131,16 @@ def test_the_launched_failure_of_lesson_02_is_real_and_is_missed_when_the_prep_i
     monkeypatch.chdir(ROOT)
     (cell,) = [source for source in code_cells(LESSON_02) if source.startswith("%%writefile")]
     script = cell.split("\n", 1)[1]
-    mended = script.replace(
+    fixed = script.replace(
         "model = get_peft_model",
         "model = prepare_for_fsdp_qlora(load_nf4(model_path))\n    model = get_peft_model",
     )
-    mended = mended.replace(
+    fixed = fixed.replace(
         "from nbutils.training.progress_log",
         "from nbutils.training.prep import prepare_for_fsdp_qlora\nfrom nbutils.training.progress_log",
     )
-    mended = mended.replace("p.to_local()", "p")
-    assert mended.count("prepare_for_fsdp_qlora") == 2
+    fixed = fixed.replace("p.to_local()", "p")
+    assert fixed.count("prepare_for_fsdp_qlora") == 2
 
     def lesson(text: str, name: str):
         path = tmp_path / f"{name}.py"
@@ -153,4 +153,4 @@ def test_the_launched_failure_of_lesson_02_is_real_and_is_missed_when_the_prep_i
 
     lesson(script, "standard")
     with pytest.raises(LessonObsolete, match="nothing was raised"):
-        lesson(mended, "mended")
+        lesson(fixed, "fixed")
