@@ -53,9 +53,8 @@ main + nav.series { margin-top: 3rem; border-bottom: 0; border-top: 1px solid va
 nav.page { margin: 1.5rem 0; padding: .5rem 1.25rem; border-left: 4px solid var(--line); }
 h1, h2, h3 { line-height: 1.25; margin: 2em 0 .6em; }
 h1 { margin-top: 1em; }
-code, pre { font: .88rem/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.input_area pre, .text_cell_render pre { padding: .75rem; background: var(--soft); white-space: pre-wrap;
-  overflow-wrap: anywhere; }
+code, pre { font: .88rem/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+.input_area pre, .text_cell_render pre { padding: .75rem; background: var(--soft); white-space: pre-wrap; }
 .output pre { margin: .25rem 0; padding: .25rem .75rem; overflow-x: auto; border-left: 4px solid var(--line); }
 .prompt { font-size: .8rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
