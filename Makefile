@@ -12,7 +12,7 @@ help:
 	@echo "make test       prove the repository"
 	@echo "make test-ci    what CI tests besides: faults at each stage of a run, and two hosts"
 	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
-	@echo "make lint       ruff over package, tests, notebooks and the extracted script; who may import whom"
+	@echo "make lint       ruff over package, tests, notebooks and the extracted script; who may import whom; spelling"
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
 	@echo "make site       the whole series as HTML in site/, to be read without a network"
 	@echo "make workshop   student edition, solutions and an archive to hand out, in workshop/"
@@ -51,6 +51,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check . runs/lint/fine_tuning_FSDP_QLoRA.py
 	$(BIN)/ruff format --check . runs/lint/fine_tuning_FSDP_QLoRA.py
 	$(BIN)/lint-imports
+	$(BIN)/codespell -D - -D docs/terms.txt
 
 notebooks: $(STAMP)
 	$(BIN)/python -m nbutils refresh
