@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbutils.common.paths import ROOT
+from nbutils.planning.run_setup import LORA_RANK
 
 MODULES = sorted((ROOT / "nbutils").rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES, MEDIAN_FUNCTION = 300, 50, 12
@@ -203,3 +204,21 @@ def test_functions_can_be_read_at_a_glance():
     }
     assert {name: count for name, count in lengths.items() if count > FUNCTION_LINES} == {}
     assert statistics.median(lengths.values()) <= MEDIAN_FUNCTION
+
+
+# ---------------------------------------------------------------- said once
+
+
+def test_the_default_rank_of_the_adapter_is_said_once():
+    """To change it: `LORA_RANK`, and the literals that a reader edits; this names each that says something else."""
+    texts = dict(sources()) | {"tiny.yaml": (ROOT / "configs/params/tiny.yaml").read_text()}
+    again = [
+        name
+        for name, text in texts.items()
+        if name.startswith("nbutils/") and re.search(rf"lora[_-]r\b.*\b{LORA_RANK}\b", text)
+    ]
+    assert again == [], "take nbutils.planning.run_setup.LORA_RANK"
+    literal = re.compile(r"^ *(?:plan_)?lora_r: (?:int = (?:field\(default=)?)?(\d+)", re.M)
+    said = {name: literal.findall(text) for name, text in texts.items() if literal.search(text)}
+    assert len(said) >= 4  # tiny.yaml, parameters and script in 04, parameters of 06
+    assert {name: ranks for name, ranks in said.items() if set(ranks) != {str(LORA_RANK)}} == {}
