@@ -20,6 +20,7 @@ from tqdm import tqdm
 from nbutils.adapters.save import CONFIG, WEIGHTS
 from nbutils.common.disk import fsync
 from nbutils.models.hub import local_folder, read_config
+from nbutils.models.safetensors_reader import file_of_each_tensor
 from nbutils.models.safetensors_writer import Entry, layout_of, read_tensor, write_tensors
 
 PREFIX = "base_model.model."  # what PEFT puts before the base's names
@@ -193,13 +194,7 @@ def _layout(file: Path) -> dict[str, Entry]:
 
 
 def _weight_files(base: Path) -> list[Path]:
-    index = base / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise MergeError(f"{index} is no index of safetensors. Download it again.") from None
+    names = sorted(set(file_of_each_tensor(base).values()))
     for name in names:
         if not (base / name).is_file():
             raise MergeError(f"{base} has no {name}; a base in safetensors was wanted. Download it whole.")

@@ -10,17 +10,10 @@ from packaging.requirements import Requirement
 from nbutils.common.paths import ROOT
 from nbutils.common.refused import Refused
 
-STACK = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "datasets",
-    "papermill",
-    "nbclient",
-)
+# What decides how a run goes: every record names their versions.
+STACK = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors")
+# What executes and shows the notebooks besides.
+TOOLS = ("papermill", "nbclient", "jupyterlab", "matplotlib")
 
 
 def locked_versions(lock: Path = ROOT / "requirements.lock") -> dict[str, str]:
@@ -32,7 +25,7 @@ def locked_versions(lock: Path = ROOT / "requirements.lock") -> dict[str, str]:
 def installed_versions() -> dict[str, str | None]:
     """Package to installed version, None if it is missing; a local suffix as in 2.13.0+cpu is cut off."""
     found = {}
-    for name in STACK:
+    for name in (*STACK, *TOOLS):
         try:
             found[name] = version(name).partition("+")[0]
         except PackageNotFoundError:

@@ -7,6 +7,8 @@ import yaml
 
 from nbutils.planning.hybrid_shard import is_hybrid
 
+LORA_RANK = 16  # of the adapter, where nothing else is said; tests/whole/test_house.py names each place that must agree
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -1,4 +1,4 @@
-"""What decides about memory: the model's shape, the accelerate config, and the settings of the script."""
+"""The shape of a model, as far as it decides about memory: built in, or read from its config.json."""
 
 import json
 from dataclasses import dataclass
@@ -39,11 +39,15 @@ class Shape:
         return sum(out * into for out, into in self.linears.values())
 
     @property
+    def embedding_parameters(self) -> int:
+        """Weights of embedding and output head; tied, they are one."""
+        return (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
     def parameters(self) -> int:
         """Weights of the whole model."""
-        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
         norms = (2 * self.layers + 1) * self.hidden
-        return self.layers * self.linear_parameters + embeddings + norms
+        return self.layers * self.linear_parameters + self.embedding_parameters + norms
 
     def adapter_parameters(self, rank: int) -> int:
         """Weights of a LoRA adapter on all linear layers: `A` is `(rank, in)`, `B` is `(out, rank)`."""

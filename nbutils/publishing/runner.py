@@ -12,7 +12,8 @@ import yaml
 
 from nbutils.common.paths import RUNS, go_to_root, new_run_dir, point_latest_to
 from nbutils.common.progress_file import read_progress
-from nbutils.common.provenance import PACKAGES, commit, versions
+from nbutils.common.provenance import commit, versions
+from nbutils.common.versions import STACK, TOOLS
 from nbutils.launching.launch import progress_line
 from nbutils.publishing import parameters
 
@@ -20,7 +21,6 @@ NOTEBOOKS = Path("notebooks")
 TRAINING_NOTEBOOK = "04_write_and_launch"
 CELL_TIMEOUT = 3600  # seconds, if a launch may not take longer; papermill has no limit of its own
 AROUND_A_LAUNCH = 600  # seconds that a cell may take in addition to the launch in it
-ALL_PACKAGES = (*PACKAGES, "papermill", "nbclient", "jupyterlab", "matplotlib")
 TRAINING = [
     *("distributed_type", "fsdp_version", "world_size", "quant_type", "quant_storage", "nf4_bytes_per_rank"),
     *("nf4_bytes_total", "loss_first", "loss_last", "held_out_loss_before", "held_out_loss_after"),
@@ -265,7 +265,7 @@ class _CellLines:
 def record_provenance(run_dir: Path, values: dict) -> None:
     """Write `params.yaml` and `versions.json`: what is needed to repeat the run."""
     (run_dir / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False) if values else "{}\n")
-    record = {"commit": commit(), "versions": versions(ALL_PACKAGES)}
+    record = {"commit": commit(), "versions": versions((*STACK, *TOOLS))}
     (run_dir / "versions.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -290,7 +290,7 @@ def summarise(entries: list[Entry], run_dir: Path) -> dict:
         "notebooks": notebooks,
         "training": {name: training.get(name) for name in TRAINING},
         "adapter": {name: adapter.get(name) for name in ADAPTER},
-        "versions": versions(ALL_PACKAGES),
+        "versions": versions((*STACK, *TOOLS)),
         "commit": commit(),
     }
 

@@ -28,7 +28,7 @@ from nbutils.models.loading import IN_MEMORY_BYTES
 from nbutils.models.safetensors_reader import Checkpoint
 from nbutils.models.supported import look_at_model
 from nbutils.planning.hybrid_shard import hybrid_fault, is_hybrid
-from nbutils.planning.memory_items import BF16, GIB, nf4_bytes, quantisation_state_bytes
+from nbutils.planning.memory_items import BF16, GIB, packed_bytes, quantisation_state_bytes
 from nbutils.planning.memory_plan import plan
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import Shape, shape_of
@@ -258,7 +258,7 @@ def _refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: boo
 def nf4_copy_bytes(shape: Shape) -> int:
     """A whole model in NF4: packed linear layers with their scales, the rest in bf16."""
     linear = shape.layers * shape.linear_parameters
-    return nf4_bytes(linear) + quantisation_state_bytes(linear) + BF16 * (shape.parameters - linear)
+    return packed_bytes(linear) + quantisation_state_bytes(linear) + BF16 * (shape.parameters - linear)
 
 
 def checkpoints_bytes(shape: Shape, lora_r: int, training: SFTConfig) -> int:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nbutils.common import nvidia_smi, versions
+from nbutils.common import nvidia_smi, provenance, versions
 from nbutils.common.paths import ROOT
 from nbutils.models.loading import IN_MEMORY_BYTES
 from nbutils.planning import doctor
@@ -52,7 +52,7 @@ def test_on_gpus_the_torch_of_the_records_is_good_and_the_locks_torch_is_said_to
 
 
 def test_the_lock_names_every_package_of_the_stack():
-    assert set(versions.STACK) <= doctor.locked_versions().keys()
+    assert {*versions.STACK, *versions.TOOLS} <= doctor.locked_versions().keys()
 
 
 def test_no_gpu_is_a_warning_for_the_tiny_model_and_a_failure_for_the_big_one():
@@ -150,6 +150,15 @@ def test_gpus_are_read_from_nvidia_smi(fake_nvidia_smi):
     assert gpus[0]["gib"] == pytest.approx(140.4, abs=0.1)
     fake_nvidia_smi("No devices were found")
     assert doctor.find_gpus() == []
+
+
+def test_a_record_names_every_gpu_and_the_driver(fake_nvidia_smi, monkeypatch):
+    fake_nvidia_smi(*(f"{line}, 580.1" for line in FOUR_CARDS))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(provenance, "no_accelerator", lambda: False)
+    machine = provenance.machine()
+    assert machine["gpus"] == ["NVIDIA H200 143771 MiB"] * 2 + ["NVIDIA GeForce RTX 3090 24576 MiB"] * 2
+    assert machine["driver"] == "580.1"
 
 
 @pytest.mark.parametrize(

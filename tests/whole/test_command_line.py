@@ -117,7 +117,7 @@ BAD = {
     ),
     "quantise: no such folder": ("quantise /nonexistent {out}", "There is no folder /nonexistent."),
     "quantise: empty folder": ("quantise {in}/empty {out}", "empty holds no config.json; wanted a model"),
-    "quantise: damaged base": ("quantise {in}/base_cut {out}", "model.safetensors in {in}/base_cut is cut"),
+    "quantise: damaged base": ("quantise {in}/base_cut {out}", "{in}/base_cut/model.safetensors is cut"),
     "quantise: a file in the way": (
         "quantise {in}/base {in}/file/out",
         "/file/out.partial cannot be read or written: Not a directory.",
