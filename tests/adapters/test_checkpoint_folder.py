@@ -28,7 +28,7 @@ from nbutils.adapters.export import export_adapter
 from nbutils.adapters.gather import SaveError
 from nbutils.adapters.save import WEIGHTS
 from nbutils.common.paths import ROOT
-from nbutils.training.trainer import refuse_another_run
+from nbutils.training.resume import refuse_another_run
 
 COMMAND = "python -m pytest -m matrix -s tests/adapters/test_checkpoint_folder.py"
 
