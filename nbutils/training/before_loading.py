@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from nbutils.adapters.gather import SaveError
+from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import reject_foreign_folder
 from nbutils.common import host_memory
 from nbutils.common.disk import nearest_folder, refuse_output

@@ -26,7 +26,7 @@ from nbutils.adapters.checkpoint_folder import (
     save_pieces,
     write_checkpoint,
 )
-from nbutils.adapters.gather import SaveError, peft_model
+from nbutils.adapters.pieces import SaveError, peft_model
 from nbutils.adapters.save import config_for_file
 from nbutils.common.ranks import in_step, on_every_rank, rank
 from nbutils.training.nan_guard import stop_at_no_number
