@@ -289,7 +289,7 @@ def refusal_cases(way: str, folder: Path) -> dict:
     piece.held.mul_(2)
     second = saving.save_adapter(model, target)["sha256"]
     seen["replaced"] = second != first
-    seen["previous"] = saving.sha256(folder / "adapter.previous" / saving.WEIGHTS) == first  # fmt: skip
+    seen["previous"] = saving.sha256(folder / "adapter.previous" / saving.WEIGHTS) == first
     if dist.get_rank() == 0:
         (folder / "home").mkdir()
         (folder / "home" / "thesis.txt").write_text("years of work")
