@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 from nbutils.adapters.checkpoint_folder import (
     ADAPTER,
     CheckpointError,
-    _sha256,
     problem_with,
     rank_file,
     read_manifest,
 )
-from nbutils.adapters.gather import SaveError
+from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import CONFIG, WEIGHTS, reject_bad_tensors
-from nbutils.common.disk import fsync
+from nbutils.common.disk import fsync, sha256
 
 
 def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: bool = False) -> dict:
@@ -56,7 +55,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
     unfinished.mkdir(parents=True)
     save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
     shutil.copyfile(checkpoint / CONFIG, unfinished / CONFIG)
-    digest = _sha256(unfinished / WEIGHTS)
+    digest = sha256(unfinished / WEIGHTS)
     for path in [*unfinished.iterdir(), unfinished]:
         fsync(path)
     unfinished.rename(folder)

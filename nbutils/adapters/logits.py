@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from nbutils.adapters.gather import compute_device, peft_model
+from nbutils.adapters.gather import compute_device
+from nbutils.adapters.pieces import peft_model
 from nbutils.adapters.save import AdapterMismatch
 from nbutils.common.ranks import agree, rank
 

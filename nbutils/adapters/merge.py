@@ -5,7 +5,6 @@ written to a new checkpoint with the same files and the same index. A file is co
 stopped goes on where it was.
 """
 
-import hashlib
 import json
 import shutil
 from collections import defaultdict
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from nbutils.adapters.save import CONFIG, WEIGHTS
-from nbutils.common.disk import fsync
+from nbutils.common.disk import fsync, sha256
 from nbutils.models.hub import local_folder, read_config
 from nbutils.models.safetensors_reader import file_of_each_tensor
 from nbutils.models.safetensors_writer import Entry, layout_of, read_tensor, write_tensors
@@ -203,11 +202,13 @@ def _weight_files(base: Path) -> list[Path]:
 
 def _claim(out: Path, base: Path, adapter: Path, layouts: dict) -> None:
     """Write down what is merged here, or find that the same merge was begun before."""
-    digest = hashlib.sha256((adapter / CONFIG).read_bytes())
-    with (adapter / WEIGHTS).open("rb") as stream:
-        weights = hashlib.file_digest(stream, "sha256").hexdigest()
     files = {name: (base / name).stat().st_size for name in layouts}
-    record = {"base": base.name, "files": files, "adapter_config": digest.hexdigest(), "adapter": weights}
+    record = {
+        "base": base.name,
+        "files": files,
+        "adapter_config": sha256(adapter / CONFIG),
+        "adapter": sha256(adapter / WEIGHTS),
+    }
     if not out.exists() or not any(out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Folders and files of a run: where they can be made, and that they are really on the disk."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -34,3 +35,9 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

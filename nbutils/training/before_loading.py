@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from nbutils.adapters.gather import SaveError
+from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import reject_foreign_folder
 from nbutils.common.disk import refuse_output
 from nbutils.common.launched import ranks_here, sharding_strategy

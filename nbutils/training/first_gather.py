@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from nbutils.adapters.gather import piece_of
+from nbutils.adapters.pieces import piece_of
 
 
 class AlteredWeights(RuntimeError):

@@ -4,7 +4,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nbutils.adapters.checkpoint_folder import CheckpointError
-from nbutils.adapters.gather import SaveError
+from nbutils.adapters.pieces import SaveError
 
 OPTIMIZER = "optimizer."  # what stands before the name of an optimizer's tensor in a rank's file
 

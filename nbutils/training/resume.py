@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nbutils.adapters.checkpoint_folder import CheckpointError, checkpoints_in, newest_complete, read_manifest
-from nbutils.adapters.gather import peft_model
+from nbutils.adapters.pieces import peft_model
 from nbutils.common.launched import fsdp_version
 from nbutils.common.ranks import in_step, on_every_rank, rank, world_size
 

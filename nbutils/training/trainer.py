@@ -19,7 +19,7 @@ from nbutils.adapters.checkpoint_folder import (
     save_pieces,
     write_checkpoint,
 )
-from nbutils.adapters.gather import SaveError
+from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import config_for_file
 from nbutils.common.ranks import on_every_rank, rank
 from nbutils.training.nan_guard import stop_at_no_number

@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from recording import record
 
-from nbutils.adapters.gather import file_key
+from nbutils.adapters.pieces import file_key
 from nbutils.common.paths import ROOT
 
 RANKS = ROOT / "tests" / "ranks"
