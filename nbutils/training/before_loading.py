@@ -34,6 +34,7 @@ from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import Shape, shape_of
 from nbutils.training.compiled_layers import refuse_fsdp1
 from nbutils.training.host_embeddings import refuse_offloaded_head
+from nbutils.training.packed_attention import refuse_packing
 from nbutils.training.shared_output import Token, new_name
 from nbutils.training.trainer import (
     refuse_what_cannot_be_resumed,
@@ -166,6 +167,7 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
         refuse_fsdp1()
     if not recipe.embeddings_on_host:
         refuse_offloaded_head()
+    refuse_packing(training)
     refuse_what_checkpoints_do_not_serve(training)
 
 
