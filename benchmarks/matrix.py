@@ -6,6 +6,8 @@ Cases that would not end before the deadline are left out, and named.
 
 import argparse
 import json
+import math
+import random
 import shutil
 import sys
 import tarfile
@@ -18,6 +20,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.common.paths import go_to_root
+from nbutils.common.progress_file import read_progress
 from nbutils.launching.dry_run import describe, dry_run
 from nbutils.launching.random_weights import prepare
 from nbutils.planning.shapes import shape_of
@@ -52,10 +55,13 @@ class Case:
     lora_r: int = 16
     ranks: int | None = None  # None: as the config says
     seconds: float = 150  # that it may take
+    chats: bool = False  # rows of all lengths, from `write_chats`; else each has exactly `length` tokens
 
 
-CARD = {"cap": 22.5}
+CARD = {"cap": 21.3}  # GiB that a 24 GB card leaves, if CUDA and NCCL take 2.3 there
 SMALL = {"seconds": 60}
+CHATS, CHATS_80 = CARD | {"seconds": 90}, CARD | {"seconds": 190}
+GROUPED = (*goal("fastest_2x24gb"), "train_sampling_strategy=group_by_length")
 CASES = {
     # Few layers, with a record of what is in memory at the peak: the plan is fitted on these.
     "fit": {
@@ -124,6 +130,68 @@ CASES = {
 }
 
 
+def chats(layers: int, limits: dict) -> dict[str, Case]:
+    """Short rows in four ways: packed, as they come, grouped by length, and beside them full rows."""
+    short = limits | {"chats": True}
+    return {
+        f"chats_{layers}_full_rows": Case(layers, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **limits),
+        f"chats_{layers}_packed": Case(layers, OFFLOADED, 4, 2048, (), goal("packed_2x24gb"), **short),
+        f"chats_{layers}_as_they_come": Case(layers, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **short),
+        f"chats_{layers}_grouped": Case(layers, OFFLOADED, 16, 2048, (), GROUPED, **short),
+    }
+
+
+# A user's own rows: chats of 182 tokens on average. Few layers, and all of them.
+CASES |= {"chats_12": chats(12, CHATS), "chats_80": chats(80, CHATS_80)}
+
+
+def write_chats(path: Path, count: int = 3000, mean: float = 182, sigma: float = 0.55) -> Path:
+    """Rows whose lengths are lognormal, as those of chats are.
+
+    Args:
+        path: of a .jsonl file.
+        count: rows.
+        mean: tokens a row.
+        sigma: of the logarithm of the length.
+
+    Returns:
+        `path`. A letter is a token of the random weights' tokenizer; how many there were is read from the run.
+    """
+    lengths = random.Random(0)
+    centre = math.log(mean) - sigma**2 / 2  # of a lognormal whose mean is `mean`
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as out:
+        for number in range(count):
+            letters = max(4, round(lengths.lognormvariate(centre, sigma)))
+            text = " ".join("abcdefgh"[(number + place) % 8] for place in range(letters))
+            out.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def steady(run_dir: Path, seconds: list[float]) -> dict:
+    """Real tokens a second of the second half of a run, when all is compiled; padding does not count.
+
+    Args:
+        run_dir: of a dry run that logs each step.
+        seconds: `all_step_seconds` of its record: from the end of each step to the end of the next.
+
+    Returns:
+        `tokens_per_second` over all ranks, `step_seconds` (the mean), and `tokens_a_step` of each of these steps.
+    """
+    total = {
+        line["step"]: line["num_tokens"] for line in read_progress(run_dir / "train") if "num_tokens" in line
+    }
+    first = len(seconds) // 2 + 1  # the step before the second half
+    last = len(seconds) + 1
+    tokens = [total[step] - total[step - 1] for step in range(first + 1, last + 1)]
+    taken = seconds[first - 1 :]
+    return {
+        "tokens_per_second": round(sum(tokens) / sum(taken), 1),
+        "step_seconds": round(sum(taken) / len(taken), 4),
+        "tokens_a_step": tokens,
+    }
+
+
 def main() -> int:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -156,6 +224,7 @@ def main() -> int:
         prepare(shape, options.folder)
         print(f"==== {name}: {time.monotonic() - started:.0f} s since the start", flush=True)
         run_dir = Path("runs/matrix") / name
+        rows = (f"dataset={write_chats(Path('runs/matrix/chats.jsonl'))}",) if case.chats else ()
         result = dry_run(
             shape,
             case.config,
@@ -165,7 +234,7 @@ def main() -> int:
             lora_r=case.lora_r,
             cap_gib=case.cap,
             world_size=case.ranks,
-            extra=case.settings,
+            extra=(*case.settings, *rows),
             folder=options.folder,
             run_dir=run_dir,
             commit=options.commit,
@@ -173,6 +242,8 @@ def main() -> int:
             trace=name.startswith("fit"),
             timeout=max(60.0, min(left - 5, 2 * case.seconds)),
         )
+        if case.chats and result["outcome"] == "ok":
+            result["measured"] |= steady(run_dir, result["measured"]["all_step_seconds"])
         print(describe(result), flush=True)
         if result["outcome"] == "failed":
             failed += 1

@@ -70,6 +70,12 @@ def gpu_memory() -> dict:
     return figures
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; 0 if it was not used."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 def set_cap(gib: float, device: int) -> None:
     """Let this process's allocator reserve at most `gib` GiB on a GPU.
 
@@ -99,7 +105,7 @@ def watch(phases: Phases, at_end: Callable[[], None]) -> None:
             phases.mark("wrapped")
 
         def on_step_end(self, args, state, control, **kwargs):
-            phases.mark("step", step=state.global_step)
+            phases.mark("step", step=state.global_step, graphs=compiled_graphs())
 
         def on_train_end(self, args, state, control, **kwargs):
             phases.mark("trained")

@@ -107,11 +107,33 @@ def measured(run_dir: Path, host: HostMemory | None, tokens_a_step: int) -> dict
             "total": _between(ranks, "start", "end"),
         },
         "all_step_seconds": seconds,
+        "compiled_graphs": [line.get("graphs", 0) for line in steps],  # after each step, of rank 0
+        "host_moments": host_moments(ranks[0], samples) if ranks else {},
         "step_seconds": round(mean, 4) if mean else None,
         "tokens_per_second": round(tokens_a_step / mean, 1) if mean else None,
         "losses": [line["loss"] for line in read_progress(run_dir / "train") if "loss" in line],
         "run": json.loads(run.read_text(encoding="utf-8")) if run.exists() else None,
     }
+
+
+def host_moments(lines: list[dict], samples: list[dict]) -> dict[str, dict]:
+    """The sample with the most host memory between each two phases of a rank's life.
+
+    Args:
+        lines: of one rank.
+        samples: of `HostMemory`.
+
+    Returns:
+        By the phase that ended then: `held`, `anonymous`, `shared` and `pinned` of all ranks, in bytes.
+    """
+    moments = {}
+    for before, after in itertools.pairwise(lines):
+        seen = [sample for sample in samples if before["time"] < sample["time"] <= after["time"]]
+        if seen:
+            name = f"{after['phase']} {after['step']}" if "step" in after else after["phase"]
+            peak = max(seen, key=lambda sample: sample["held"])
+            moments[name] = {key: peak[key] for key in ("held", "anonymous", "shared", "pinned")}
+    return moments
 
 
 def _lines(path: Path) -> list[dict]:

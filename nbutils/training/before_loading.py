@@ -30,6 +30,7 @@ from nbutils.planning.shapes import shape_of
 from nbutils.training.compiled_layers import refuse_fsdp1
 from nbutils.training.host_embeddings import refuse_offloaded_head
 from nbutils.training.memory_and_disk import refuse_little_memory, refuse_small_disk
+from nbutils.training.packed_attention import refuse_packing
 from nbutils.training.resume import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.training.shared_output import Token, new_name
 
@@ -159,6 +160,7 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
         refuse_fsdp1()
     if not recipe.embeddings_on_host:
         refuse_offloaded_head()
+    refuse_packing(training)
     refuse_what_checkpoints_do_not_serve(training)
 
 
