@@ -20,7 +20,7 @@ class Model:
         linear: parameters in the decoder layers' linear layers: these become 4-bit.
         kept: parameters in embedding and head, which stay in bf16 (norms are too small to count).
         layers: decoder layers; each is one FSDP unit.
-        gpu_needed: False for the tiny model, which is rehearsed on CPUs.
+        gpu_needed: False for the small models, which are rehearsed on CPUs.
     """
 
     name: str
@@ -79,6 +79,7 @@ def _llama(
 
 MODELS = {
     "tiny": Model("tiny", *_llama(256, 640, 4, 128, 1024, False), gpu_needed=False),
+    "smollm2": Model("smollm2", *_llama(576, 1536, 30, 192, 49_152, True), gpu_needed=False),
     "llama32_1b": Model("llama32_1b", *_llama(2048, 8192, 16, 512, 128_256, True)),
     "llama31_8b": Model("llama31_8b", *_llama(4096, 14_336, 32, 1024, 128_256, False)),
     "llama31_70b": Model("llama31_70b", *_llama(8192, 28_672, 80, 1024, 128_256, False)),
