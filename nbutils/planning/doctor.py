@@ -105,7 +105,7 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
         if model.gpu_needed:
             fix = f"{model.name} needs NVIDIA GPUs. Without them, run the course with the tiny model: make tutorial"
             return [Check("GPUs", "none", FAIL, fix)]
-        fix = "None is needed for the tiny model: the same script is rehearsed on two CPU processes."
+        fix = f"None is needed for the {model.name} model: the same script is rehearsed on two CPU processes."
         return [Check("GPUs", "none", WARN, fix)]
     sizes = [gpu["gib"] for gpu in gpus]
     smallest = None if None in sizes else min(sizes)

@@ -17,7 +17,7 @@ class Model:
 
     Args:
         shape: of the model.
-        gpu_needed: False for the tiny model, which is rehearsed on CPUs.
+        gpu_needed: False for the small models, which are rehearsed on CPUs.
     """
 
     shape: Shape
@@ -81,8 +81,8 @@ class Model:
 
 # The shapes that somebody with one machine may want to train; the others are there for the plan alone.
 MODELS = {
-    name: Model(SHAPES[name], gpu_needed=name != "tiny")
-    for name in ("tiny", "llama32_1b", "llama31_8b", "llama31_70b")
+    name: Model(SHAPES[name], gpu_needed=name not in ("tiny", "smollm2"))
+    for name in ("tiny", "smollm2", "llama32_1b", "llama31_8b", "llama31_70b")
 }
 
 

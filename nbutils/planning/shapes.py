@@ -58,6 +58,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", 4, 256, 640, 8, 4, 32, 1024),
+        Shape("smollm2", 30, 576, 1536, 9, 3, 64, 49152, tied=True),
         Shape("llama32_1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
         Shape("llama31_8b", 32, 4096, 14336, 32, 8, 128, 128256),
         Shape("llama31_70b", 80, 8192, 28672, 64, 8, 128, 128256),
