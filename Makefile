@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: tutorial real test test-ci lint notebooks site workshop matrix lab clean help
+.PHONY: tutorial real test test-ci lint notebooks site workshop matrix newest lab clean help
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
@@ -17,6 +17,7 @@ help:
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
 	@echo "make site       the whole series as HTML in site/, to be read without a network"
 	@echo "make workshop   student edition, solutions and an archive to hand out, in workshop/"
+	@echo "make newest     try the newest releases in an environment of their own (by hand; an hour); the report in runs/newest"
 	@echo "make clean      remove what runs leave behind (keeps .venv)"
 
 $(STAMP): requirements.lock pyproject.toml
@@ -66,6 +67,10 @@ site: $(STAMP)
 
 workshop: $(STAMP)
 	$(BIN)/python -m nbutils workshop
+
+# Today's releases beside the tested ones. It ends with 1 if anything differs; what it says is in runs/newest/report.md.
+newest: $(STAMP)
+	$(BIN)/python -m nbutils newest
 
 clean:
 	rm -rf runs site workshop .pytest_cache .ruff_cache

@@ -114,10 +114,12 @@ def _command(arguments: list[str] | None) -> int:
 
     commands.add_parser("dryrun", help="train the real script on random weights, and measure", add_help=False)
 
+    commands.add_parser("newest", help="try the newest releases, and report what differs", add_help=False)
+
     commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
 
     options, others = parser.parse_known_args(arguments)
-    if others and options.command not in ("doctor", "dryrun"):  # these read their own
+    if others and options.command not in ("doctor", "dryrun", "newest"):  # these read their own
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     # Each command imports what it needs when it is called: `--help` answers at once.
     if options.command == "run":
@@ -135,6 +137,10 @@ def _command(arguments: list[str] | None) -> int:
         from nbutils.launching.dry_run import main as dryrun
 
         return dryrun(others)
+    if options.command == "newest":
+        from nbutils.publishing.newest import main as newest
+
+        return newest(others)
     if options.command == "workshop":
         from nbutils.publishing.workshop_proof import main as workshop
 
