@@ -16,7 +16,8 @@ from nbutils.common.devices import no_accelerator
 from nbutils.common.paths import RUNS, at_root, go_to_root
 from nbutils.common.provenance import provenance
 from nbutils.launching.config_faults import refuse_bad_config
-from nbutils.launching.launch import LaunchFailed, launch, launch_command
+from nbutils.launching.launch import LaunchFailed, choose_config, launch
+from nbutils.launching.launch_command import launch_command
 from nbutils.launching.measurements import HostMemory, measured
 from nbutils.launching.random_weights import prepare
 from nbutils.launching.script_file import SCRIPT, write_script
@@ -150,8 +151,6 @@ def dry_run(
         BadConfig: there is no such config, or it would not start what was meant.
         FileExistsError: `run_dir` holds what a dry run would replace and did not write.
     """
-    from nbutils.launching.launch import choose_config
-
     config = Path(config) if config else choose_config()
     run_dir = Path(run_dir or RUNS / "dryrun" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"))
     refuse_bad_config(config, world_size)

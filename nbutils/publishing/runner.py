@@ -14,7 +14,7 @@ from nbutils.common.paths import RUNS, go_to_root, new_run_dir, point_latest_to
 from nbutils.common.progress_file import read_progress
 from nbutils.common.provenance import commit, versions
 from nbutils.common.versions import STACK, TOOLS
-from nbutils.launching.launch import progress_line
+from nbutils.launching.progress_display import progress_line
 from nbutils.models.made_here import NAMES
 from nbutils.publishing import parameters
 
