@@ -70,7 +70,9 @@ class LaunchStopped(LaunchFailed):
         saved: every rank said with its exit status, 75, that it has saved.
     """
 
-    saved = False
+    def __init__(self, message: str, *, log: Path, saved: bool):
+        super().__init__(message, log=log)
+        self.saved = saved
 
 
 @dataclass
@@ -126,10 +128,9 @@ def launch(
         script: the training script.
         args: its arguments.
         config: YAML file for `accelerate launch`.
-        log: file for the output of all ranks, each line with its rank; its folder is made if missing. The output
-            of each rank on its own, and its error, go into a folder beside it. If another launch writes to it now,
-            this one takes the next free name; the result and the error name it.
-        rehearsal: run real FSDP on the CPU (see `nbutils.launching.rehearsal`); None means: if no CUDA device is seen.
+        log: file for the output of all ranks; that of each rank alone goes into a folder beside it. If another launch
+            writes to it now, this one takes the next free name; result and error name it.
+        rehearsal: run real FSDP on the CPU; None means: if no CUDA device is seen.
         module: a Python module that runs the script in place of `nbutils.launching.rehearsal`.
         num_processes: ranks; None means what the file says.
         output_dir: folder where the script writes `progress.jsonl`; without it only the time passed is shown.
@@ -137,39 +138,35 @@ def launch(
         save_grace: seconds that the ranks then have to save; after them they are ended.
         show: print the command and show a progress line.
 
-    Returns:
-        The command, the log, the seconds and the progress lines.
-
     Raises:
-        BadConfig, Refused: the config file would not start what was meant, or the output folder cannot be one; nothing
-            was started or written.
-        FileNotFoundError: there is no such script; as above.
+        BadConfig, Refused, FileNotFoundError: config, output folder or script; nothing was started or written.
         LaunchStopped: the time was up, or this process was told to end (SIGTERM).
         LaunchFailed: the exit status was not zero.
         KeyboardInterrupt: passed on after every rank has been ended.
     """
+    command = _checked_command(script, args, config, rehearsal, module, num_processes)
+    if output_dir:
+        refuse_output(Path(output_dir))
+    progress = ProgressReader(output_dir, from_end=True) if output_dir else None
+    with own_log(Path(log)) as (path, out):
+        run = _Run(command, path, out, progress, ProgressDisplay(show))
+        failed = run.to_its_end(timeout, save_grace)
+    if failed and "OutOfMemoryError" in failed.error and (told := advice(args, config, num_processes)):
+        failed.args = (f"{told}\n{failed}",)
+    if failed:
+        raise failed
+    return LaunchResult(copyable(command), path, run.seconds, run.lines())
+
+
+def _checked_command(script, args, config, rehearsal, module, num_processes) -> list[str]:
+    """The words of `accelerate launch`, once the config and the script have been looked at."""
     rehearsal = no_accelerator() if rehearsal is None else rehearsal
     module = module or (REHEARSAL if rehearsal else None)
     content = refuse_bad_config(config, num_processes, gpus=None if rehearsal else gpus_shown())
     if not Path(script).is_file():
         raise FileNotFoundError(f"There is no script {script}. Write it: python -m nbutils script FOLDER")
-    if output_dir:
-        refuse_output(Path(output_dir))
     any_port = content.get("num_machines", 1) == 1  # several machines must agree on the one in the file
-    command = launch_command(script, args, config, module, num_processes, any_port)
-    progress = ProgressReader(output_dir or "", from_end=True) if output_dir else None
-    with own_log(Path(log)) as (log, out):
-        run = _Run(command, log, out, progress, ProgressDisplay(show))
-        if show:
-            print(copyable(command), flush=True)
-        if in_the_way := give_back():
-            print(in_the_way, flush=True)
-        failed = run.to_its_end(timeout, save_grace)
-    if failed:
-        if "OutOfMemoryError" in failed.error and (told := advice(args, config, num_processes)):
-            failed.args = (f"{told}\n{failed}",)
-        raise failed
-    return LaunchResult(copyable(command), log, run.seconds, run.lines())
+    return launch_command(script, args, config, module, num_processes, any_port)
 
 
 class _Run:
@@ -193,6 +190,7 @@ class _Run:
 
     def to_its_end(self, timeout: float, save_grace: float) -> LaunchFailed | None:
         """Start the ranks and wait; whatever happens, none is left."""
+        self.display.begin(copyable(self.command), give_back())
         started = time.monotonic()
         launcher = self._start(save_grace)
         ranks = ProcessTree(launcher)
@@ -215,7 +213,7 @@ class _Run:
             return None
         saved = ended_alone and saved_to_resume(self.log)
         if saved or stop.why:
-            return self._stopped(stop, saved, status if ended_alone else None)
+            return self._stopped(stop, saved)
         failure = first_failure(self.log, self.rank_logs, status)
         return LaunchFailed(
             failure.message, log=self.log, rank=failure.rank, error=failure.error, returncode=status
@@ -232,7 +230,7 @@ class _Run:
             preexec_fn=end_with_parent,
         )
 
-    def _stopped(self, stop: StopRequest, saved: bool, status: int | None) -> LaunchStopped:
+    def _stopped(self, stop: StopRequest, saved: bool) -> LaunchStopped:
         why = stop.why or "The ranks were told to end."
         if saved:
             then = (
@@ -245,10 +243,5 @@ class _Run:
                 f"newest with:\n{copyable(resuming(self.command))}\n"
                 "For more time: timeout=..., --time-limit on the command line, the parameter time_limit of a notebook."
             )
-        stopped = LaunchStopped(
-            f"The log of all ranks, which shows where they stood: {self.log}\n{why} {then}",
-            log=self.log,
-            returncode=status,
-        )
-        stopped.saved = saved
-        return stopped
+        where = f"The log of all ranks, which shows where they stood: {self.log}\n"
+        return LaunchStopped(f"{where}{why} {then}", log=self.log, saved=saved)

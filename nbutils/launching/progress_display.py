@@ -47,6 +47,11 @@ class ProgressDisplay:
         self.last = 0.0
         self.notebook = show and _in_notebook()
 
+    def begin(self, *sentences: str) -> None:
+        """Print what stands above the line: the command, and what is in its way."""
+        for sentence in filter(None, sentences if self.show else sentences[1:]):
+            print(sentence, flush=True)
+
     def update(self, lines: list[dict], seconds: float) -> None:
         """Show the state, at most once a second."""
         if not self.show or seconds - self.last < 1:
