@@ -19,7 +19,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.common.paths import ROOT, go_to_root
-from nbutils.launching.dry_run import describe, dry_run
+from nbutils.launching.dry_run import dry_run
+from nbutils.launching.dry_run_record import describe
+from nbutils.launching.dry_run_settings import DryRun
 from nbutils.launching.random_weights import prepare
 from nbutils.planning.shapes import shape_of
 
@@ -71,10 +73,11 @@ def measure(name: str, options: argparse.Namespace, speeds: list[float]) -> dict
     config, batch, goal = CASES[name]
     shape = replace(shape_of("llama31_70b"), layers=options.layers)
     run_dir = Path("runs/slow_links") / name
-    result = dry_run(
+    asked = DryRun(
         shape, config, batch=batch, length=2048, steps=options.steps * len(speeds), cap_gib=options.cap,
         extra=settings(goal), folder=options.folder, run_dir=run_dir, commit=options.commit, timeout=400,
     )  # fmt: skip
+    result = dry_run(asked)
     print(describe(result), flush=True)
     if result["outcome"] != "ok":
         print((run_dir / "train.log").read_text()[-3000:], flush=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbutils.common import host_memory
+from nbutils.common.command import also_as
 from nbutils.common.nvidia_smi import find_gpus, how_linked
 from nbutils.common.versions import installed_versions, locked_versions
 from nbutils.planning.memory_items import GIB
@@ -246,9 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m nbutils doctor", description="Can this machine do it?")
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
-    parser.add_argument("--processes", type=int, help="ranks that will run; the number of GPUs if not given")
+    parser.add_argument("--num-processes", type=int, help="ranks; left out: the number of GPUs")
+    also_as(parser, "--num-processes", "--processes", int)
     options = parser.parse_args(arguments or [])
-    checks = examine(options.model, options.processes)
+    checks = examine(options.model, options.num_processes)
     print(as_text(checks))
     return int(any(check.verdict == FAIL for check in checks))
 
