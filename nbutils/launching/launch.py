@@ -37,6 +37,7 @@ from nbutils.launching.stop_request import StopRequest
 
 POLL = 0.25  # seconds between two looks at the run
 SAVE_GRACE = 300.0  # seconds that ranks have to finish a step and save, once they are asked to end
+HAVE_SAVED = f"They have saved (exit status {RESUME_ME})."
 REHEARSAL = "nbutils.launching.rehearsal"
 
 
@@ -233,9 +234,7 @@ class _Run:
     def _stopped(self, stop: StopRequest, saved: bool) -> LaunchStopped:
         why = stop.why or "The ranks were told to end."
         if saved:
-            then = (
-                f"They have saved (exit status {RESUME_ME}). Go on with:\n{copyable(resuming(self.command))}"
-            )
+            then = f"{HAVE_SAVED} Go on with:\n{copyable(resuming(self.command))}"
         else:
             late = f" within {stop.save_grace:g} s, and were ended" if stop.over else ""
             then = (

@@ -22,9 +22,10 @@ def progress_line(lines: list[dict], seconds: float) -> str:
         values = [line[name] for line in lines if name in line]
         if values:
             parts.append(f"{label} {values[-1]:.4f}")
-    if first["step"] < step < steps:  # the first line is written before the first step
-        a_step = (last["seconds"] - first["seconds"]) / (step - first["step"])
-        parts.append(f"{_clock(a_step * (steps - step))} left")
+    # The first line is written before the first step, and after a resume names the step it begins at.
+    begun, at = (first["step"], first["seconds"]) if first["seconds"] < 1 else (0, 0.0)
+    if begun < step < steps:
+        parts.append(f"{_clock((last['seconds'] - at) / (step - begun) * (steps - step))} left")
     return " | ".join(parts)
 
 

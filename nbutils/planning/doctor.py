@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table.
 
     Args:
-        arguments: `--model NAME` and `--processes N`; none means the tiny model.
+        arguments: `--model NAME` and `--num-processes N`; none means the tiny model.
 
     Returns:
         1 if a check failed, 0 otherwise.
