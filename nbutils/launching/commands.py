@@ -57,9 +57,10 @@ def _look_first(options: argparse.Namespace) -> None:
     """If the script is the course's, look at what it will be given before any rank starts."""
     from nbutils.launching.first_look import look
     from nbutils.launching.out_of_memory import settings_of
+    from nbutils.launching.script_file import is_recipe
 
-    if options.script.is_file() and "refuse_before_loading" in options.script.read_text(encoding="utf-8"):
-        look(settings_of(options.arguments))
+    if is_recipe(options.script):
+        look(settings_of(options.arguments), options.config, options.num_processes)
 
 
 def _script_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,8 @@ from nbutils.launching.log_files import own_folder, own_log
 from nbutils.launching.out_of_memory import advice
 from nbutils.launching.process_tree import ProcessTree, end_with_parent
 from nbutils.launching.progress_display import ProgressDisplay
+from nbutils.launching.recipe_faults import refuse_for_recipe
+from nbutils.launching.script_file import is_recipe
 from nbutils.launching.stop_request import StopRequest
 
 POLL = 0.25  # seconds between two looks at the run
@@ -163,7 +165,12 @@ def _checked_command(script, args, config, rehearsal, module, num_processes) -> 
     """The words of `accelerate launch`, once the config and the script have been looked at."""
     rehearsal = no_accelerator() if rehearsal is None else rehearsal
     module = module or (REHEARSAL if rehearsal else None)
-    content = refuse_bad_config(config, num_processes, gpus=None if rehearsal else gpus_shown())
+    gpus = None if rehearsal else gpus_shown()
+    if is_recipe(script):
+        refuse_for_recipe(
+            config, num_processes, gpus
+        )  # first: it does without accelerate, which takes seconds
+    content = refuse_bad_config(config, num_processes, gpus)
     if not Path(script).is_file():
         raise FileNotFoundError(f"There is no script {script}. Write it: python -m nbutils script FOLDER")
     any_port = content.get("num_machines", 1) == 1  # several machines must agree on the one in the file

@@ -195,13 +195,14 @@ def look_first(values: dict) -> None:
     given = {name: values.get(name) for name in ("model", "dataset", "heldout_dataset")}
     if given["model"] in NAMES:  # made here, and known to be good
         given["model"] = None
-    if not any(given.values()):
+    config = values.get("accelerate_config")
+    if not config and not any(given.values()):
         return
     from nbutils.launching.first_look import look  # two seconds of imports
     from nbutils.models.hub import CannotDownload
 
     try:
-        look(given)
+        look(given, config, values.get("num_processes"))
     except (CannotDownload, FileNotFoundError, ValueError) as problem:
         raise parameters.BadParameters(str(problem)) from None
 
