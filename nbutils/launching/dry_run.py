@@ -253,8 +253,8 @@ def settings_for(
     """
     rows = max(8, steps * batch * world_size)
     text = "a b c d e f g h " * (length // 8 + 2)  # at least one token a letter: the script cuts at `length`
-    for name, count in (("train.jsonl", rows), ("heldout.jsonl", world_size)):
-        lines = [json.dumps({"text": f"{chr(97 + n % 26)} {text}"}) for n in range(count)]
+    for name, letter, count in (("train.jsonl", "a", rows), ("heldout.jsonl", "A", world_size)):
+        lines = [json.dumps({"text": f"{chr(ord(letter) + n % 26)} {text}"}) for n in range(count)]
         (run_dir / name).write_text("\n".join(lines) + "\n")
     settings = {
         "model": str(weights),
