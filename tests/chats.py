@@ -63,3 +63,48 @@ def turns(dice: random.Random, longest: int = 8) -> list[dict]:
         made += [{"role": "user", "content": text(dice)} for _ in range(1 + (dice.random() < 0.1))]
         made.append({"role": "assistant", "content": text(dice, longest)})
     return made
+
+
+# ---- a file of many chats -------------------------------------------------------------------------------------------
+
+THINGS = (
+    "a shard",
+    "a rank",
+    "a unit",
+    "a layer",
+    "an adapter",
+    "a checkpoint",
+    "a gather",
+    "a step",
+    "a scale",
+)
+ASKS = ("What is {}?", "Who needs {}?", "When does {} matter?", "How large is {}?", "Tell me more about {}.")
+TELLS = (
+    "{} is a part of the whole, and each process holds one.",
+    "It depends on the model and on the memory of the cards.",
+    "Every process needs it once a step, and frees it after that.",
+    "Look at the log: the first lines of each rank say it.",
+    "About {} megabytes, if the layer has four bits a weight.",
+)
+
+
+def share_gpt(count: int = 2000, seed: int = 0) -> list[dict]:
+    """Multi-turn chats as a ShareGPT export has them: our own words, lengths as people write, no two alike.
+
+    Args:
+        count: of chats.
+        seed: of the dice; the same chats every time.
+    """
+    dice, made = random.Random(seed), []
+    for number in range(count):
+        thing, talk = dice.choice(THINGS), []
+        for turn in range(1 + min(int(dice.expovariate(0.7)), 5)):
+            asked = dice.choice(ASKS).format(thing if dice.random() < 0.7 else dice.choice(THINGS))
+            sentences = max(1, round(dice.lognormvariate(0.6, 0.55)))
+            told = " ".join(dice.choice(TELLS).format(dice.randint(1, 999)) for _ in range(sentences))
+            talk += [
+                {"from": "human", "value": f"Chat {number}: {asked}" if turn == 0 else asked},
+                {"from": "gpt", "value": told[0].upper() + told[1:]},
+            ]
+        made.append({"id": f"chat_{number}", "conversations": talk})
+    return made

@@ -123,6 +123,13 @@ def test_a_template_that_begins_twice_is_refused(tmp_path):
         look(tokenizer, tmp_path, [turns("Q", "A.")])
 
 
+def test_a_begin_token_that_opens_each_turn_is_no_fault(tmp_path):
+    """SmolLM2's template is of this kind: its begin token and its token before each role are one."""
+    tokenizer = chats.tokenizers()["chatml"]
+    tokenizer.bos_token = "<|start_header_id|>"
+    assert len(look(tokenizer, tmp_path, [turns("Q", "A.", "R", "B.")])[0]) == 1
+
+
 def test_a_template_whose_end_is_not_the_tokenizer_s_is_refused(tmp_path):
     tokenizer = chats.tokenizers()["llama"]
     tokenizer.eos_token = "<|end_of_text|>"

@@ -181,7 +181,7 @@ def test_the_notebook_derives_warmup_and_evaluation_from_the_steps(asked, steps,
         for cell in nbformat.read(ROOT / "notebooks/04_write_and_launch.ipynb", as_version=4).cells
         if "settings_path.write_text" in cell.source
     ]
-    names = ("model_path", "dataset", "heldout_dataset", "ignore_columns", "goal", "report_to")
+    names = ("base_model", "dataset", "heldout_dataset", "ignore_columns", "goal", "report_to")
     numbers = ("max_length", "max_cut_share", "batch_size", "learning_rate", "lora_r", "seed")
     given = dict.fromkeys(names, "") | dict.fromkeys(numbers, 1) | {"max_steps": asked}
     exec(cell, given | {"Path": Path, "run_dir": tmp_path, "train_dir": tmp_path})
