@@ -14,6 +14,8 @@ LLAMA31_TEMPLATE = (
 
 # For base models. It uses no header tokens: a base model has never seen them, QLoRA freezes the embedding and the
 # output head, and so their rows would stay as untrained as they came. The end-of-text token it does know.
+# The prompt ends in "Answer:" and not in a blank: a blank belongs to the token of the word that follows, so in training
+# the answer would begin with another token than after the prompt.
 PLAIN_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -21,7 +23,7 @@ PLAIN_TEMPLATE = (
     "{%- elif message['role'] == 'system' %}{{- message['content'] | trim + '\\n' }}"
     "{%- else %}{{- 'Question: ' + message['content'] | trim + '\\n' }}{%- endif %}"
     "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- 'Answer: ' }}{%- endif %}"
+    "{%- if add_generation_prompt %}{{- 'Answer:' }}{%- endif %}"
 )
 
 # Tokens that no text contains, best first: two of Llama 3's vocabulary, and what other tokenizers call theirs. The

@@ -121,8 +121,8 @@ def write_settings(run: DryRun, run_dir: Path, weights: Path, ranks: int) -> dic
     text = "a b c d e f g h " * (
         run.length // 8 + 2
     )  # at least one token a letter: the script cuts at `length`
-    for name, count in (("train.jsonl", rows), ("heldout.jsonl", ranks)):
-        lines = [json.dumps({"text": f"{chr(97 + n % 26)} {text}"}) for n in range(count)]
+    for name, letter, count in (("train.jsonl", "a", rows), ("heldout.jsonl", "A", ranks)):
+        lines = [json.dumps({"text": f"{chr(ord(letter) + n % 26)} {text}"}) for n in range(count)]
         (run_dir / name).write_text("\n".join(lines) + "\n")
     settings = {
         "model": str(weights),

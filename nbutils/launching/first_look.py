@@ -8,7 +8,7 @@ from pathlib import Path
 from nbutils.common.devices import gpus_shown, no_accelerator
 from nbutils.common.disk import refuse_output
 from nbutils.common.versions import refuse_versions
-from nbutils.data.rows import refuse_unreadable
+from nbutils.data.files import refuse_unreadable
 from nbutils.launching.recipe_faults import refuse_for_recipe
 from nbutils.models.supported import look_at_model
 

@@ -1,9 +1,11 @@
-"""The commands of this room: quantise, small-model."""
+"""The commands of this room: quantise, small-model; and data, which needs a model's tokenizer."""
 
 import argparse
 from pathlib import Path
 
 from nbutils.common.command import Command
+from nbutils.common.paths import ROOT
+from nbutils.data.commands import add_arguments as add_data_arguments
 
 
 def _quantise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,19 @@ def _small_model(options: argparse.Namespace) -> int:
     return small_model(options.wheel)
 
 
+def _data(options: argparse.Namespace) -> int:
+    from nbutils.data.commands import report
+    from nbutils.models.loading import load_tokenizer
+    from nbutils.models.made_here import NAMES, model_path
+
+    model = str(ROOT / model_path(options.model)) if options.model in NAMES else options.model
+    return report(options, load_tokenizer(model))
+
+
 COMMANDS = {
+    "data": Command(
+        "look at a file of rows before training: tokens, lengths, packs, hours", _data, add_data_arguments
+    ),
     "quantise": Command("write the NF4 checkpoint of a bf16 model, once", _quantise, _quantise_arguments),
     "small-model": Command(
         "fetch SmolLM2-135M (93 MB), the real model for a laptop", _small_model, _small_model_arguments

@@ -2,7 +2,7 @@
 
 from nbutils.common.paths import ROOT
 
-NAMES = ("tiny", "smollm2")
+NAMES = ("tiny", "tiny-plain", "smollm2")
 
 
 def model_path(model: str) -> str:
@@ -23,6 +23,7 @@ def model_path(model: str) -> str:
         smollm2_base,
     )  # torch and transformers, where only the names are asked for
     from nbutils.models.tiny import tiny_base
+    from nbutils.models.tiny_plain import tiny_plain
 
-    made = {"tiny": tiny_base, "smollm2": smollm2_base}[model]()
+    made = {"tiny": tiny_base, "tiny-plain": tiny_plain, "smollm2": smollm2_base}[model]()
     return str(made.relative_to(ROOT))

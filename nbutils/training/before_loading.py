@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -57,55 +56,6 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
         _refuse_unshared_output(Path(training.output_dir))
     refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
     _together(lambda: _refuse_model(recipe, training))
-
-
-def refuse_rows(
-    train: Dataset, heldout: Dataset, tokenizer: PreTrainedTokenizerBase, training: SFTConfig
-) -> None:
-    """Refuse a set in which no row would keep an answer, and say how many rows are left out.
-
-    What is longer than `max_length` is cut. A row whose question alone fills it keeps no token of its answer.
-
-    Args:
-        train: from `train_and_heldout`.
-        heldout: the other one; without a row in it there is no held-out loss.
-        tokenizer: of the model.
-        training: the script's `TrainingArguments`.
-
-    Raises:
-        Refused: no row of one of them keeps an answer.
-    """
-    for rows, called, lost in (
-        (train, "rows", "nothing would be learned. Raise max_length."),
-        (heldout, "held-out rows", "there would be no held-out loss. Raise max_length, or name other rows."),
-    ):
-        _refuse_rows(rows, called, lost, tokenizer, training.max_length)
-
-
-def _refuse_rows(
-    rows: Dataset, called: str, lost: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> None:
-    if "prompt" not in rows.column_names or max_length is None:
-        return
-    full, first = 0, None
-    for number, row in enumerate(rows, start=1):
-        # A token stands for at least one byte: a short question need not be counted.
-        if sum(len(turn["content"].encode()) + 32 for turn in row["prompt"]) < max_length:
-            continue
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        if len(ids) >= max_length:
-            full, first = full + 1, first or f"row {number} has {len(ids)} tokens before its answer"
-    if full == len(rows):
-        raise Refused(
-            f"Every one of the {full} {called} is longer than max_length, {max_length} tokens, before its answer "
-            f"begins ({first}): {lost}"
-        )
-    if full and rank() == 0:
-        print(
-            f"{full} of {len(rows)} {called} keep no token of their answer within max_length {max_length} "
-            f"({first}). They are left out; raise max_length to keep them.",
-            flush=True,
-        )
 
 
 # ---- each of them on its own ----------------------------------------------------------------------------------------
