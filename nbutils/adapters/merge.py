@@ -19,6 +19,8 @@ from nbutils.common.disk import fsync, sha256
 from nbutils.models.hub import local_folder, read_config
 from nbutils.models.safetensors_reader import Checkpoint
 from nbutils.models.safetensors_writer import read_tensor, write_tensors
+from nbutils.planning.memory_items import BF16
+from nbutils.planning.shapes import shape_of
 
 RECORD = "merge.json"
 
@@ -68,6 +70,25 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, progress: bool
         "bytes": total,
         "skipped_files": finished,
     }
+
+
+def why_not_merged(base: str | Path, limit_gb: float) -> str | None:
+    """Say why a base is not merged into without being asked for; None if it may be. Reads its configuration alone.
+
+    Args:
+        base: a local folder or a hub id.
+        limit_gb: the largest bf16 model, in GB, that is written a second time.
+    """
+    folder = local_folder(base, weights=False)
+    if read_config(folder).get("quantization_config"):
+        return f"{base} is quantised, and an adapter is merged into the bf16 model: name that in bf16_base."
+    size = BF16 * shape_of(folder).parameters / 1e9
+    if size <= limit_gb:
+        return None
+    return (
+        f"Not merged: that writes {size:.0f} GB, and merge_up_to_gb is {limit_gb:.0f}. The adapter needs no merge to "
+        "be used; to merge all the same, raise merge_up_to_gb."
+    )
 
 
 def merge_weight(
