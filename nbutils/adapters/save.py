@@ -11,12 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from nbutils.adapters.gather import compute_device, gather_adapter, missing_keys
+from nbutils.adapters.lora_config import CONFIG, WEIGHTS
 from nbutils.adapters.pieces import Piece, SaveError, own_pieces, peft_model
 from nbutils.common.disk import fsync, sha256
 from nbutils.common.ranks import agree, rank
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 class AdapterMismatch(SaveError):

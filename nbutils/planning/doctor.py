@@ -186,9 +186,11 @@ def hub_cache() -> Path:
 
 
 def check_disk(model: Model, folder: Path) -> Check:
-    """Room for the download (two bytes a parameter), the quantised copy of a large model, and 2 GiB for runs."""
-    free, wanted = shutil.disk_usage(folder).free / GIB, model.disk_gib + 2
+    """Room for what `Model.disk_gib` counts; a merge of a large model is counted, and not asked for."""
+    free, wanted = shutil.disk_usage(folder).free / GIB, model.disk_gib()
     found = f"{free:.0f} GiB free; model and runs need {wanted:.0f}"
+    if model.mapped:
+        found += f", and {model.disk_gib(merge=True):.0f} to merge as well"
     if free >= wanted:
         return Check("disk", found)
     return Check("disk", found, FAIL, "Free some space, or set HF_HOME to a folder on a larger disk.")

@@ -9,6 +9,7 @@ from nbutils.planning.shapes import SHAPES, Shape
 
 # A bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.models.loading.
 IN_MEMORY_GB = 20
+RUNS_GIB = 2  # logs, adapters and a few checkpoints
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ class Model:
         """Whether the quantised copy is written to disk once, and mapped from there by all ranks."""
         return self.download_gib * GIB > IN_MEMORY_GB * 1e9
 
-    @property
-    def disk_gib(self) -> float:
-        """The download, and the quantised copy if it is written."""
-        return self.download_gib + (self.copy_gib if self.mapped else 0)
+    def disk_gib(self, merge: bool = False) -> float:
+        """Disk for the download, for the quantised copy if one is written, and for what runs leave behind.
+
+        Args:
+            merge: the adapter is to be merged too, which writes the model a second time in bf16.
+        """
+        copies = self.copy_gib if self.mapped else 0
+        return self.download_gib * (2 if merge else 1) + copies + RUNS_GIB
 
 
 # The shapes that somebody with one machine may want to train; the others are there for the plan alone.

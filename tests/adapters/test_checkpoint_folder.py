@@ -25,8 +25,8 @@ from nbutils.adapters.checkpoint_folder import (
     write_checkpoint,
 )
 from nbutils.adapters.export import export_adapter
+from nbutils.adapters.lora_config import WEIGHTS
 from nbutils.adapters.pieces import SaveError
-from nbutils.adapters.save import WEIGHTS
 from nbutils.common.paths import ROOT
 from nbutils.training.resume import refuse_another_run
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nbutils.adapters import merge as merging
-from nbutils.adapters.merge import MergeError, merge
+from nbutils.adapters.merge import merge
+from nbutils.adapters.merge_plan import MergeError
 from nbutils.common.paths import ROOT
 
 KINDS = {

@@ -97,9 +97,21 @@ def test_host_memory_is_what_was_measured_and_not_a_copy_a_rank():
 def test_a_small_model_is_quantised_by_each_rank_for_itself():
     small = MODELS["llama31_8b"]
     assert IN_MEMORY_GB * 1e9 == IN_MEMORY_BYTES  # the loader is too heavy to be asked by the doctor
-    assert not small.mapped and small.disk_gib == small.download_gib
-    assert BIG.mapped and BIG.disk_gib == BIG.download_gib + BIG.copy_gib
+    assert not small.mapped and small.disk_gib() == small.download_gib + 2
+    assert BIG.mapped and BIG.disk_gib() == BIG.download_gib + BIG.copy_gib + 2
     assert host_gib(small, 2)[0] > 2 * small.copy_gib
+
+
+def test_readme_and_lessons_say_the_disk_that_is_counted():
+    def rounded_up(gib):
+        return f"{-(-gib * GIB // 5e9) * 5:.0f}"
+
+    least, merged = rounded_up(BIG.disk_gib()), rounded_up(BIG.disk_gib(merge=True))
+    for name in ("README.md", "notebooks/00_start_here.ipynb"):
+        text = " ".join(
+            (ROOT / name).read_text(encoding="utf-8").replace('\\n",', " ").replace('"', " ").split()
+        )
+        assert f"{least} GB of disk, or {merged} GB to merge as well" in text, name
 
 
 def test_the_link_is_read_from_the_table_of_nvidia_smi(monkeypatch):
