@@ -14,13 +14,20 @@ from pathlib import Path
 from nbutils.common import host_memory
 from nbutils.common.command import also_as
 from nbutils.common.nvidia_smi import find_gpus, how_linked
-from nbutils.common.versions import installed_versions, locked_versions
+from nbutils.common.versions import (
+    RECORDED_ON_GPUS,
+    UNTESTED,
+    allowed_versions,
+    goes_on_untested,
+    installed_versions,
+    is_outside,
+    locked_versions,
+)
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.model_needs import MODELS, Model, gpu_gib, host_gib
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
-RECORDED_ON_GPUS = {"torch": "2.11.0"}  # benchmarks/results; the lock's version was run on CPUs only
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
 
 
@@ -72,12 +79,19 @@ def check_python(found: tuple[int, int]) -> Check:
 def check_packages(
     locked: dict[str, str], found: dict[str, str | None], on_gpus: bool = False
 ) -> list[Check]:
-    """The stack beside the lock, on GPUs beside the records too: a missing package fails, another version warns."""
-    checks = []
+    """The stack beside the lock, on GPUs beside the records too; a version weighs here what it weighs in the script.
+
+    A missing package fails. One outside its range fails, or warns if `NBUTILS_UNTESTED` says to go on; any other
+    version than the tested one warns.
+    """
+    checks, allowed = [], allowed_versions()
     for name, installed in found.items():
         wanted, recorded = locked.get(name, ""), RECORDED_ON_GPUS.get(name) if on_gpus else None
         if installed is None:
             checks.append(Check(name, "not installed", FAIL, f"pip install {name}=={wanted}"))
+        elif is_outside(name, installed, allowed):
+            works = f"This code works with {name}{allowed[name]} only: pip install {name}=={wanted}, or {UNTESTED}=1"
+            checks.append(Check(name, installed, WARN if goes_on_untested() else FAIL, works))
         elif recorded:
             checks.append(_check_on_gpus(name, installed, wanted, recorded))
         elif installed != wanted:

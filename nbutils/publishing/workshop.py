@@ -30,6 +30,7 @@ HANDED_OUT = [
         "benchmarks",
         "docs/workshop.md",
         "docs/troubleshooting.md",
+        "docs/troubles.yaml",
         "docs/speed_log.md",
     ),
 ]
