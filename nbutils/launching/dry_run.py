@@ -35,7 +35,7 @@ MEASURED_RUN = "nbutils.launching.measured_run"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one dry run and return 0 if it trained, 3 if it ran out of memory."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     for name in ("config", "folder", "run_dir", "out"):
         if typed := getattr(options, name):
             setattr(options, name, at_root(typed))
@@ -76,7 +76,8 @@ def _asked_for(shape: Shape, options: argparse.Namespace) -> DryRun:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m nbutils dryrun", description=__doc__.splitlines()[0])
     option = parser.add_argument
     pairs = {"action": "append", "default": []}
