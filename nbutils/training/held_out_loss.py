@@ -32,8 +32,8 @@ class TokenMeanTrainer(SFTTrainer):
         )
         self._batch += 1
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        tokens = (inputs["labels"][:, 1:] != -100).sum()  # of the first token nothing is asked
-        self._nats += torch.stack([result[0].double() * tokens, tokens.double()]).to(self._nats.device)
+        tokens = (inputs["labels"][:, 1:] != -100).sum().to(self._nats)  # of the first token nothing is asked
+        self._nats += torch.stack([result[0].to(self._nats) * tokens, tokens])
         return result
 
 
