@@ -163,12 +163,14 @@ class Marker:
     def _text(self, conversation: Conversation) -> Row:
         """Plain text: the begin token where the tokenizer puts one, the end token at the end, neither twice."""
         text = conversation.text
-        if text.rstrip().endswith(self.tokenizer.eos_token):
+        found = list(self.control.finditer(text))
+        ends = bool(found) and found[-1].start() > 0 and not text[found[-1].end() :].strip()
+        if ends:
             text = text.rstrip()  # what follows the end would be learned after it
         ids = self._tokens(text)
         if self.adds_bos and ids[:1] != [self.bos]:
             ids = [self.bos, *ids]
-        if ids[-1] != self.eos:
+        if not ends:  # whoever wrote an end token, of a turn or of a text, has chosen it
             ids = [*ids, self.eos]
         if self.bos != self.eos and ids.count(self.bos) > 1:
             raise RowRefused(

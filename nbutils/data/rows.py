@@ -82,7 +82,7 @@ def refuse_if_any(refused: Iterable[RowRefused]) -> None:
     """
     refused = list(refused)
     if refused:
-        others = f" So are {len(refused) - 1} rows more." if len(refused) > 1 else ""
+        others = f" Rows refused in all: {len(refused)}." if len(refused) > 1 else ""
         raise Refused(f"{refused[0]}{others}")
 
 

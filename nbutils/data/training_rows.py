@@ -23,6 +23,7 @@ class Cut:
         labels: the same, with -100 where nothing is learned.
         answers: how many answers there are, before anything is cut.
         answers_cut: how many of them lose a token, or all.
+        answers_lost: how many of those keep none: they teach nothing, and nothing wrong.
         texts_cut: how many rows of plain text are cut.
         emptied: the rows that keep nothing to learn, and are left out.
     """
@@ -31,6 +32,7 @@ class Cut:
     labels: list[list[int]]
     answers: int
     answers_cut: int
+    answers_lost: int
     texts_cut: int
     emptied: list[Row]
 
@@ -128,7 +130,7 @@ def cut(
         truncation_mode: "keep_start" or "keep_end".
         everything: learn the prompts too.
     """
-    done = Cut([], [], 0, 0, 0, [])
+    done = Cut([], [], 0, 0, 0, 0, [])
     for row in rows:
         length = len(row.ids)
         kept = slice(0, max_length)
@@ -137,6 +139,7 @@ def cut(
         begin, end, _ = kept.indices(length)
         done.answers += len(row.answers)
         done.answers_cut += sum(first < begin or last > end for first, last in row.answers)
+        done.answers_lost += sum(last <= begin or first >= end for first, last in row.answers)
         done.texts_cut += row.conversation.text is not None and end - begin < length
         labels = row.labels(everything)[kept]
         if all(
@@ -199,11 +202,13 @@ def _refuse_emptied(shortened: Cut, rows: list[Row], called: str, lost: str, max
 
 
 def _refuse_cut(shortened: Cut, max_length: int | None, max_cut_share: float) -> None:
-    if shortened.answers_cut > max_cut_share * shortened.answers:
+    learned = shortened.answers - shortened.answers_lost
+    parts = shortened.answers_cut - shortened.answers_lost
+    if parts > max_cut_share * learned:
         raise Refused(
-            f"max_length {max_length} cuts {shortened.answers_cut} of {shortened.answers} answers, "
-            f"{shortened.answers_cut / shortened.answers:.0%}; wanted at most {max_cut_share:.0%}. A model that rarely "
-            "sees an answer end does not learn to end one. Raise max_length, or max_cut_share if you want it so."
+            f"max_length {max_length} cuts {parts} of the {learned} answers that are learned, {parts / learned:.0%}; "
+            f"wanted at most {max_cut_share:.0%}. A model that rarely sees an answer end does not learn to end one. "
+            "Raise max_length, or max_cut_share if you want it so."
         )
 
 
@@ -220,7 +225,7 @@ def _say(shortened: Cut, rows: list[Row], called: str, max_length: int | None) -
     if shortened.answers_cut:
         print(
             f"{shortened.answers_cut} of {shortened.answers} answers of these {called} are cut by max_length "
-            f"{max_length} and lose their end ({shortened.answers_cut / shortened.answers:.1%}).",
+            f"{max_length} ({shortened.answers_cut / shortened.answers:.1%}).",
             flush=True,
         )
     if shortened.texts_cut:

@@ -8,7 +8,6 @@ back into the same memory.
 from pathlib import Path
 
 import torch
-from trl import SFTTrainer
 
 from nbutils.adapters.checkpoint_folder import (
     CheckpointError,
@@ -22,12 +21,13 @@ from nbutils.adapters.checkpoint_folder import (
 from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import config_for_file
 from nbutils.common.ranks import on_every_rank, rank
+from nbutils.training.held_out_loss import TokenMeanTrainer
 from nbutils.training.nan_guard import stop_at_no_number
 from nbutils.training.optimizer_state import optimizer_pieces, put_optimizer_back
 from nbutils.training.resume import choose_checkpoint, refuse_what_checkpoints_do_not_serve, run_facts
 
 
-class ResumableTrainer(SFTTrainer):
+class ResumableTrainer(TokenMeanTrainer):
     """TRL's `SFTTrainer` with checkpoints from which a resumed run gives the losses of the uninterrupted one.
 
     A resumed run must have the number of processes, the FSDP version, the adapter's settings and the data order of the

@@ -231,7 +231,7 @@ BAD = {
     "several bad rows": (
         "a.jsonl",
         '{"prompt": "x", "completion": ""}\n' * 3,
-        r"row 1: completion is empty\. So are 2 rows more",
+        r"row 1: completion is empty\. Rows refused in all: 3",
     ),
 }
 

@@ -103,6 +103,8 @@ def test_text_begins_and_ends_once(tokenizers, tmp_path, name, begins):
         f"<|begin_of_text|>Prose.{end}",
         f"<|begin_of_text|>Prose.{end}\n",
     ]
+    turn, _ = look(tokenizer, tmp_path, [{"text": "<|begin_of_text|>Say 0<|eot_id|>\n"}])
+    assert tokenizer.decode(turn[0]["input_ids"]) == "<|begin_of_text|>Say 0<|eot_id|>", "no second end"
     train, _ = look(tokenizer, tmp_path, [{"text": text} for text in texts])
     for text, row in zip(texts, train, strict=True):
         found = row["input_ids"].count(tokenizer.bos_token_id)
@@ -144,23 +146,22 @@ def test_cut_answers_are_counted_and_refused_above_a_share(tokenizers, tmp_path,
     long = {"prompt": "Count.", "completion": ", ".join(map(str, range(100)))}
     rows = [turns("Q", "A."), turns("R", "B."), long]
     look(tokenizers["llama"], tmp_path, rows, max_length=64)
-    assert (
-        "1 of 3 answers of these rows are cut by max_length 64 and lose their end (33.3%)"
-        in capsys.readouterr().out
-    )
-    with pytest.raises(Refused, match=r"max_length 64 cuts 1 of 3 answers, 33%; wanted at most 30%"):
+    assert "1 of 3 answers of these rows are cut by max_length 64 (33.3%)" in capsys.readouterr().out
+    with pytest.raises(
+        Refused, match=r"max_length 64 cuts 1 of the 3 answers that are learned, 33%; wanted at most 30%"
+    ):
         look(tokenizers["llama"], tmp_path, rows, share=0.3, max_length=64)
-    with pytest.raises(Refused, match=r"max_length 64 cuts 2 of 2 answers, 100%"):
+    with pytest.raises(Refused, match=r"max_length 64 cuts 2 of the 2 answers that are learned, 100%"):
         look(tokenizers["llama"], tmp_path, [long, long], max_length=64)
     look(tokenizers["llama"], tmp_path, [long, long], share=1, max_length=64)
 
 
 def test_a_row_without_a_label_left_never_reaches_a_pack(tokenizers, tmp_path, capsys):
     """Public report: trl 6668, where such rows stay when rows are packed, and their loss counts as 0."""
-    rows = [turns("Q", "A."), turns("Why? " * 200, "B.")]
+    rows = [turns("Q", "A."), *[turns("Why? " * 200, "B.")] * 3]
     train, _ = look(tokenizers["llama"], tmp_path, rows, max_length=64)
     assert learned(train, tokenizers["llama"]) == ["A.<|eot_id|>"]
-    assert "1 of 2 rows keep no token of their answer within max_length 64 (" in capsys.readouterr().out
+    assert "3 of 4 rows keep no token of their answer within max_length 64 (" in capsys.readouterr().out
 
 
 def test_what_is_not_used_is_said(tokenizers, tmp_path, capsys):
