@@ -28,6 +28,7 @@ from nbutils.training.nan_guard import stop_at_no_number
 from nbutils.training.optimizer_state import optimizer_pieces, put_optimizer_back, put_schedule_back
 from nbutils.training.resume import choose_checkpoint, refuse_what_checkpoints_do_not_serve
 from nbutils.training.run_facts import run_facts
+from nbutils.training.stop_and_save import StopEvaluation
 
 
 class ResumableTrainer(SFTTrainer):
@@ -54,7 +55,11 @@ class ResumableTrainer(SFTTrainer):
         return run_facts(self, self._base and base_digest(self._base))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        except StopEvaluation:  # asked to stop while it trains: save first
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         if "eval_loss" in metrics:  # not so under another `metric_key_prefix`
             self._evaluated = self.state.global_step, metrics["eval_loss"]
         return metrics
