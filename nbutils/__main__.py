@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from nbutils.adapters import commands as adapters
+from nbutils.common.exit_status import RESUME_ME
 from nbutils.common.noise import drop_noise
 from nbutils.launching import commands as launching
 from nbutils.models import commands as models
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not type(error).__module__.startswith("nbutils."):
             raise
-        said, status = str(error), 75 if getattr(error, "saved", False) else 1
+        said, status = str(error), RESUME_ME if getattr(error, "saved", False) else 1
     print(f"\n{said}", file=sys.stderr)
     return status
 

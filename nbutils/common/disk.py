@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,6 +47,26 @@ def nearest_folder(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
+
+
+def refuse_full_disk(folder: Path, needed: float, what: str, advice: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        folder: where it will be written; it need not exist yet.
+        needed: bytes.
+        what: "the checkpoints need", for example.
+        advice: what to do.
+
+    Raises:
+        Refused: with what is needed and what is free, in GB.
+    """
+    place = nearest_folder(folder)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise Refused(
+            f"On the disk of {place}, {what} {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free. {advice}"
+        )
 
 
 def fsync(path: Path) -> None:

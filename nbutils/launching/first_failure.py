@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from nbutils.common.exit_status import RESUME_ME
 from nbutils.common.paths import ROOT
-
-RESUME_ME = (
-    75  # EX_TEMPFAIL of sysexits.h: a rank that has saved because it was asked to end; "try again later"
-)
 
 WHY_KILLED = {
     signal.SIGKILL: " The kernel does this when host memory runs out.",

@@ -17,10 +17,11 @@ from typing import TextIO
 
 from nbutils.common.devices import gpus_shown, no_accelerator
 from nbutils.common.disk import refuse_output
+from nbutils.common.exit_status import RESUME_ME
 from nbutils.common.paths import from_here
 from nbutils.common.progress_file import ProgressReader
 from nbutils.launching.config_faults import refuse_bad_config
-from nbutils.launching.first_failure import RESUME_ME, first_failure, saved_to_resume
+from nbutils.launching.first_failure import first_failure, saved_to_resume
 from nbutils.launching.kernel_memory import give_back
 from nbutils.launching.launch_command import (
     as_started,

@@ -54,7 +54,7 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
     _together(lambda: _refuse_output(Path(training.output_dir)))
     if training.save_strategy != "no" or recipe.resume:  # of anything else, rank 0 alone reads and writes
         _refuse_unshared_output(Path(training.output_dir))
-    refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
+    refuse_what_cannot_be_resumed(recipe, training)
     _together(lambda: _refuse_model(recipe, training))
 
 

@@ -1,21 +1,21 @@
 """Whether host memory and disk are enough for a run, before its model is loaded."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from trl import SFTConfig
 
 from nbutils.common import host_memory
-from nbutils.common.disk import nearest_folder
+from nbutils.common.disk import refuse_full_disk
 from nbutils.common.launched import ranks_here
-from nbutils.common.paths import ROOT
+from nbutils.common.paths import ROOT, RUNS
 from nbutils.common.ranks import world_size
 from nbutils.common.refused import Refused
 from nbutils.planning.memory_items import BF16, GIB, packed_bytes, quantisation_state_bytes
 from nbutils.planning.memory_plan import plan
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import Shape
+from nbutils.planning.whole_run import KEPT_ADVICE, KEPT_NEED, kept_bytes
 
 
 def refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: bool) -> None:
@@ -56,23 +56,6 @@ def nf4_copy_bytes(shape: Shape) -> int:
     return packed_bytes(linear) + quantisation_state_bytes(linear) + BF16 * (shape.parameters - linear)
 
 
-def checkpoints_bytes(shape: Shape, lora_r: int, training: SFTConfig) -> int:
-    """What the run will write, at most: its checkpoints, and the adapter with the one it replaces.
-
-    A checkpoint holds the adapter and AdamW's two moments, in bf16 each.
-    """
-    adapter = BF16 * shape.adapter_parameters(lora_r)
-    count = 0
-    if training.save_strategy != "no":
-        steps, every = training.max_steps, training.save_steps
-        every = every * steps if every < 1 else every
-        # Without a number of steps one cannot know; two is what any run that saves needs.
-        count = max(1, int(steps // every)) if training.save_strategy == "steps" and steps > 0 else 2
-        if training.save_total_limit:
-            count = min(count, training.save_total_limit + 1)  # the oldest goes when the newest is there
-    return 3 * adapter * count + 2 * adapter
-
-
 def refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_disk: bool) -> None:
     """Refuse a run that would fill the disk.
 
@@ -85,19 +68,16 @@ def refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_di
     Raises:
         Refused: with what is needed and what is free, in GB.
     """
-    wanted = {nearest_folder(Path(training.output_dir)): checkpoints_bytes(shape, recipe.lora_r, training)}
-    what = "the checkpoints and the adapter need"
-    advice = "Set save_total_limit, save less often, or name an output_dir on a larger disk."
-    for place, needed in wanted.items():
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise Refused(
-                f"On the disk of {place}, {what} {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free. {advice}"
-            )
-    cache = nearest_folder(ROOT / "runs" / "cache")
-    free, needed = shutil.disk_usage(cache).free, nf4_copy_bytes(shape)
-    if quantised_to_disk and needed > free:
-        raise Refused(
-            f"On the disk of {cache}, the NF4 copy of {recipe.model} needs {needed / 1e9:,.1f} GB and "
-            f"{free / 1e9:,.1f} GB are free. Free some, or quantise elsewhere: python -m nbutils quantise MODEL OUT"
+    refuse_full_disk(
+        Path(training.output_dir),
+        kept_bytes(vars(training) | {"lora_r": recipe.lora_r}, training.max_steps, shape),
+        KEPT_NEED,
+        KEPT_ADVICE,
+    )
+    if quantised_to_disk:
+        refuse_full_disk(
+            ROOT / RUNS / "cache",
+            nf4_copy_bytes(shape),
+            f"the NF4 copy of {recipe.model} needs",
+            "Free some, or quantise elsewhere: python -m nbutils quantise MODEL OUT",
         )

@@ -2,11 +2,20 @@
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from nbutils.adapters.checkpoint_folder import CheckpointError
 from nbutils.adapters.pieces import SaveError
 
 OPTIMIZER = "optimizer."  # what stands before the name of an optimizer's tensor in a rank's file
+SET_BY_LAUNCH = (
+    "lr",
+    "initial_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "momentum",
+)  # settings of a group, not memory
 
 
 def optimizer_pieces(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
@@ -45,7 +54,9 @@ def optimizer_pieces(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
 
 @torch.no_grad()
 def put_optimizer_back(optimizer, tensors: dict[str, torch.Tensor], notes: dict) -> None:
-    """Give the optimizer back what `optimizer_pieces` took.
+    """Give the optimizer back what `optimizer_pieces` took; the learning rate and its kin are this launch's.
+
+    What the schedule has made of the learning rate by now comes from `put_schedule_back`.
 
     Raises:
         CheckpointError: the optimizer steps over another number of parameters.
@@ -57,9 +68,8 @@ def put_optimizer_back(optimizer, tensors: dict[str, torch.Tensor], notes: dict)
             "Launch with the configuration that the run began with."
         )
     for group, saved in zip(optimizer.param_groups, notes["groups"]):
-        group.update(
-            {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        )  # JSON has no tuples
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}  # JSON has no tuples
+        group.update({k: v for k, v in kept.items() if k not in SET_BY_LAUNCH})
     for label, value in {**tensors, **notes["numbers"]}.items():
         if not label.startswith(OPTIMIZER):
             continue
@@ -67,6 +77,30 @@ def put_optimizer_back(optimizer, tensors: dict[str, torch.Tensor], notes: dict)
         if isinstance(value, torch.Tensor):
             value = _as_it_was(value, parameter, label in notes["on_cpu"])
         optimizer.state[parameter][name] = value
+
+
+def put_schedule_back(scheduler, saved: dict, groups: list[dict]) -> None:
+    """Put this launch's schedule where the checkpoint's stood: its learning rates, at that step.
+
+    Args:
+        scheduler: torch's, or Accelerate's around it, fresh.
+        saved: its `state_dict` in the checkpoint.
+        groups: settings of the optimizer's groups in the checkpoint, for a schedule that follows the losses: that one
+            keeps its learning rate nowhere else. It comes back as it was.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(scheduler, LambdaLR):  # of transformers: reduce_lr_on_plateau, greedy
+        scheduler.load_state_dict(saved)
+        for group, was in zip(scheduler.optimizer.param_groups, groups):
+            group["lr"] = was["lr"]
+        return
+    rates = [
+        base * factor(saved["last_epoch"]) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+    ]
+    this_launch = {"base_lrs": scheduler.base_lrs, "lr_lambdas": [None] * len(rates), "_last_lr": rates}
+    scheduler.load_state_dict(saved | this_launch)
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
 
 
 def _parameters(optimizer) -> list[torch.nn.Parameter]:

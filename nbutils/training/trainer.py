@@ -5,6 +5,7 @@ empty. Here each rank writes what it holds (see `nbutils.adapters.checkpoint_fol
 back into the same memory.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,27 +22,44 @@ from nbutils.adapters.checkpoint_folder import (
 from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import config_for_file
 from nbutils.common.ranks import on_every_rank, rank
+from nbutils.models.base_digest import base_digest
 from nbutils.training.held_out_loss import TokenMeanTrainer
 from nbutils.training.nan_guard import stop_at_no_number
-from nbutils.training.optimizer_state import optimizer_pieces, put_optimizer_back
-from nbutils.training.resume import choose_checkpoint, refuse_what_checkpoints_do_not_serve, run_facts
+from nbutils.training.optimizer_state import optimizer_pieces, put_optimizer_back, put_schedule_back
+from nbutils.training.resume import choose_checkpoint, refuse_what_checkpoints_do_not_serve
+from nbutils.training.run_facts import run_facts
+from nbutils.training.stop_and_save import StopEvaluation
 
 
 class ResumableTrainer(TokenMeanTrainer):
     """TRL's `SFTTrainer` with checkpoints from which a resumed run gives the losses of the uninterrupted one.
 
-    A resumed run must have the number of processes, the FSDP version, the adapter's settings and the data order of the
-    run that wrote the checkpoint. Anything else is refused: each rank puts its own pieces back, and nothing is sharded
-    anew. `nbutils.adapters.export.export_adapter` takes the adapter out of a checkpoint on any machine.
+    A resumed run must share the facts of `nbutils.training.run_facts` with the run that wrote the checkpoint; anything
+    else is refused: each rank puts its own pieces back, and nothing is sharded anew. Learning rate, schedule and the
+    number of steps may change. `nbutils.adapters.export.export_adapter` takes the adapter out of a checkpoint on any
+    machine.
+
+    Args:
+        base: folder or hub id of the base, whose digest goes into each checkpoint.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, base: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_what_checkpoints_do_not_serve(self.args)
+        self._base = base
         self._evaluated: tuple[int, float] | None = None  # step and held-out loss of the last evaluation here
 
+    @cached_property
+    def facts(self) -> dict:
+        """Of this run, for its checkpoints."""
+        return run_facts(self, self._base and base_digest(self._base))
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        except StopEvaluation:  # asked to stop while it trains: save first
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         if "eval_loss" in metrics:  # not so under another `metric_key_prefix`
             self._evaluated = self.state.global_step, metrics["eval_loss"]
         return metrics
@@ -84,7 +102,7 @@ class ResumableTrainer(TokenMeanTrainer):
             CheckpointError: nothing to resume from is complete; it belongs to a run of another kind; or `resume` is
                 False and the folder holds checkpoints, which a new run would mix with its own.
         """
-        folder = choose_checkpoint(self.args.output_dir, resume, run_facts(self), say=print)
+        folder = choose_checkpoint(self.args.output_dir, resume, lambda: self.facts, say=print)
         # A resumed run has its held-out loss of the beginning already.
         self.args.eval_on_start = self.args.eval_on_start and folder is None
         return folder
@@ -92,7 +110,7 @@ class ResumableTrainer(TokenMeanTrainer):
     def _save_checkpoint(self, model, trial):
         self.store_flos()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        write_checkpoint(folder, self._write_own_files, run_facts(self))
+        write_checkpoint(folder, self._write_own_files, self.facts if rank() == 0 else {})
         on_every_rank(
             lambda: rank() == 0 and delete_old(folder.parent, self.args.save_total_limit), SaveError
         )
@@ -120,7 +138,23 @@ class ResumableTrainer(TokenMeanTrainer):
             return
         tensors, _, notes = read_rank(checkpoint, rank())
         on_every_rank(lambda: put_optimizer_back(self.optimizer, tensors, notes), CheckpointError)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        put_schedule_back(self.lr_scheduler, schedule, notes["groups"])
+        # The Trainer takes from the checkpoint how often to log, to evaluate and to save.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self.state.global_step > self.state.max_steps:
+            raise CheckpointError(
+                f"{checkpoint} has {self.state.global_step} steps behind it, and this run ends at "
+                f"{self.state.max_steps}. Raise num_train_epochs or max_steps."
+            )
+
+    def _run_epoch(self, **kwargs):
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at its end: the Trainer would take one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_rng_state(self, checkpoint):
         # The Trainer calls this when the next batch is the first new one, after it has set its loss to zero.
