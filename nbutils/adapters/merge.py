@@ -86,7 +86,7 @@ def why_not_merged(base: str | Path, limit_gb: float) -> str | None:
     if size <= limit_gb:
         return None
     return (
-        f"Not merged: that writes {size:.0f} GB, and merge_up_to_gb is {limit_gb:.0f}. The adapter needs no merge to "
+        f"Not merged: that writes {size:.3g} GB, and merge_up_to_gb is {limit_gb:g}. The adapter needs no merge to "
         "be used; to merge all the same, raise merge_up_to_gb."
     )
 

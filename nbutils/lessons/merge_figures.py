@@ -1,6 +1,7 @@
 """The pictures of lesson 05: what is left of an adapter's change after a merge, over the size of the change."""
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
 from nbutils.adapters.change_kept import INTO_BF16, INTO_NF4
 from nbutils.lessons import plots
@@ -32,12 +33,14 @@ def draw_change_kept(curve: dict[float, dict[str, float]], places: dict[str, flo
         axes.plot(curve.keys(), [kept[way] for kept in curve.values()], label=way)
     for number, (label, size) in enumerate(places.items()):
         axes.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1, marker="")
-        axes.text(size, 0.45 - 0.13 * number, f" {label}", fontsize=8)
+        side = "right" if size > 0.1 else "left"
+        axes.text(size, 0.5 - 0.12 * number, f" {label} ", fontsize=8, ha=side)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("norm of the change over norm of the weights")
     axes.set_ylabel("share of the change left")
     axes.set_ylim(-0.05, 1.08)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    axes.legend(loc="center left", bbox_to_anchor=(0, 0.7))
     numbers = "; ".join(
         f"at {size:.1%} {kept[INTO_BF16]:.2f} and {kept[INTO_NF4]:.2f}" for size, kept in curve.items()
     )

@@ -132,24 +132,3 @@ def file_of_each_tensor(folder: Path) -> dict[str, str]:
         f"{folder} holds neither {SINGLE} nor {INDEX}, but {', '.join(found) or 'nothing'}. "
         "Wanted: a checkpoint in safetensors, as the hub keeps them."
     )
-
-
-def refuse_other_quantisations(found, folder: Path) -> None:
-    """Refuse a checkpoint that is quantised, and not as NF4 of bitsandbytes; the storage dtype may be any.
-
-    Args:
-        found: `quantization_config` of the model's config.
-        folder: of the checkpoint.
-
-    Raises:
-        BadCheckpoint: with how it is quantised.
-    """
-    settings = found if isinstance(found, dict) else found.to_dict()
-    kind = (
-        settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
-    )
-    if kind != "nf4":
-        raise BadCheckpoint(
-            f"{folder} is quantised as {kind}; wanted NF4 of bitsandbytes. Take the model's bf16 checkpoint, and "
-            "quantise it once: python -m nbutils quantise MODEL OUT"
-        )
