@@ -9,6 +9,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 import sys
 import tarfile
 import time
@@ -171,25 +172,27 @@ def write_chats(path: Path, count: int = 3000, mean: float = 182, sigma: float =
 
 
 def steady(run_dir: Path, seconds: list[float]) -> dict:
-    """Real tokens a second of the second half of a run, when all is compiled; padding does not count.
+    """Real tokens a second of the second half of a run, the median of its steps; padding does not count.
+
+    A median, because a batch of a new length is compiled for: seconds that a night of training does not notice, and
+    that would rule a mean of six steps.
 
     Args:
         run_dir: of a dry run that logs each step.
         seconds: `all_step_seconds` of its record: from the end of each step to the end of the next.
 
     Returns:
-        `tokens_per_second` over all ranks, `step_seconds` (the mean), and `tokens_a_step` of each of these steps.
+        `tokens_per_second` over all ranks, `step_seconds` (both medians), and `tokens_a_step` of each of these steps.
     """
-    total = {
-        line["step"]: line["num_tokens"] for line in read_progress(run_dir / "train") if "num_tokens" in line
-    }
-    first = len(seconds) // 2 + 1  # the step before the second half
-    last = len(seconds) + 1
-    tokens = [total[step] - total[step - 1] for step in range(first + 1, last + 1)]
-    taken = seconds[first - 1 :]
+    lines = [line for line in read_progress(run_dir / "train") if "num_tokens" in line]
+    total = {line["step"]: line["num_tokens"] for line in lines}
+    after = len(seconds) // 2 + 1  # the last step of the first half
+    tokens = [total[step] - total[step - 1] for step in range(after + 1, len(seconds) + 2)]
+    taken = seconds[after - 1 :]
+    rates = [count / second for count, second in zip(tokens, taken, strict=True)]
     return {
-        "tokens_per_second": round(sum(tokens) / sum(taken), 1),
-        "step_seconds": round(sum(taken) / len(taken), 4),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "step_seconds": round(statistics.median(taken), 4),
         "tokens_a_step": tokens,
     }
 

@@ -58,3 +58,22 @@ def test_a_long_test_writes_its_record_only_where_it_is_asked_to(tmp_path, monke
     assert list(tmp_path.iterdir()) == [tmp_path / "found.json"]
     said = json.loads((tmp_path / "found.json").read_text())
     assert (said["what"], said["rows"]) == ("what was found", [1]) and said["machine"]["cpus"]
+
+
+def test_packed_rows_are_as_fast_as_full_ones_and_the_speed_log_says_what_was_recorded():
+    runs = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "chats").glob("*.json")}
+    speed = {name: run["measured"]["tokens_per_second"] for name, run in runs.items()}
+    for layers in (12, 80):
+        assert speed[f"chats_{layers}_packed"] > 0.9 * speed[f"chats_{layers}_full_rows"]
+    assert speed["chats_12_packed"] > 5 * speed["chats_12_as_they_come"]
+    for name in ("chats_12_packed", "chats_80_packed"):
+        measured = runs[name]["measured"]
+        assert measured["gpu_peak_bytes"] == pytest.approx(
+            runs[name]["predicted"]["gpu_peak_bytes"], rel=0.05
+        )
+        assert len(set(measured["compiled_graphs"])) == 1  # none after the first step
+    lines = [line for line in (ROOT / "docs/speed_log.md").read_text().splitlines() if "`chats_" in line]
+    assert len(lines) == len(runs)
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[3] == f"{speed[cells[6].strip('`')]:,.0f}"

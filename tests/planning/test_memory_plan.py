@@ -268,7 +268,7 @@ def test_the_goals_fit_where_they_say():
     cases = {
         "fewest_bytes": (True, 1, 1024, 22.5), "fastest_2x24gb": (True, 4, 2048, 22.5),
         "resident_2x24gb": (False, 2, 2048, 22.5), "longest_context": (True, 1, 32768, 22.5),
-        "fastest_big_cards": (False, 2, 2048, 139.8),
+        "fastest_big_cards": (False, 2, 2048, 139.8), "packed_2x24gb": (True, 4, 2048, 21.3),
     }  # fmt: skip
     assert {path.stem for path in goals.glob("*.yaml")} == set(cases)
     peaks = {}
