@@ -4,7 +4,7 @@ Run as: python benchmarks/real_on_gpus.py --commit SHA --out FILE    (two GPUs; 
 
 SmolLM2-135M-Instruct must be there before, or its package: --wheel FILE. All cases see the same rows in the same order:
 what two ranks share out, the one GPU takes at once. The script refuses DDP and a changed gather; for these two cases a
-copy of it goes on. Without a GPU the same runs on CPU processes: `--steps 2 --rows 1` shows that it works.
+copy of it goes on. Without a GPU the same runs on CPU processes: `--steps 2 --rows 1 --held-out 4` shows that it works.
 """
 
 import argparse
@@ -31,10 +31,15 @@ GO_ON = """
 from nbutils.training import what_runs
 what_runs.refuse_surprises = what_runs.check_first_gather = lambda *_: None
 """
+# Without the rehearsal's module a CPU with AVX512-BF16 repacks the weights at the first evaluation, and spoils them.
+IN_ORDER = """
+from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
+keep_four_bit_weights_in_order()
+"""
 FIX = "    gather_as_bytes()"
 CASES = {  # kind of launch, ranks, whether the script's promises stay, whether the gather is fixed
     "one GPU": ("NO", 1, True, True),
-    "DDP": ("MULTI_CPU" if no_accelerator() else "MULTI_GPU", 2, False, True),
+    "DDP": ("MULTI_GPU", 2, False, True),
     "FSDP 1": (1, 2, True, True),
     "FSDP 2": (2, 2, True, True),
     "FSDP 2, gather not fixed": (2, 2, False, False),
@@ -69,17 +74,30 @@ def config_for(kind: str | int, ranks: int, folder: Path) -> Path:
     return file
 
 
-def script_for(promises: bool, fixed: bool, folder: Path) -> Path:
+def script_for(kind: str | int, promises: bool, fixed: bool, folder: Path) -> Path:
     """The training script, or a copy that goes on where it would stop."""
     script = write_script(folder)
     text = script.read_text(encoding="utf-8")
     assert FIX in text, "the script has no such line any more"
+    if no_accelerator():  # as the rehearsal's module arranges it where there is FSDP
+        text = text.replace("PartialState()", f"PartialState(cpu={not isinstance(kind, int)})")
     if not fixed:
         text = text.replace(FIX, "    pass  # gather_as_bytes()")
-    if not promises:
-        text = text.replace("\n\n\n@dataclass", GO_ON + "\n\n@dataclass", 1)
+    first_lines = (IN_ORDER if no_accelerator() else "") + ("" if promises else GO_ON)
+    text = text.replace("\n\n\n@dataclass", first_lines + "\n\n@dataclass", 1)
     script.write_text(text, encoding="utf-8")
     return script
+
+
+def held_out_rows(count: int | None, folder: Path) -> Path:
+    """The course's held-out file, or its first lines."""
+    whole = Path("data/instructions/heldout.jsonl")
+    if count is None:
+        return whole
+    part = folder / "heldout.jsonl"
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    part.write_text("".join(lines[:count]), encoding="utf-8")
+    return part
 
 
 def run_case(name: str, options: argparse.Namespace, folder: Path) -> dict:
@@ -88,7 +106,7 @@ def run_case(name: str, options: argparse.Namespace, folder: Path) -> dict:
     settings = {
         "model": str(smollm2_base()),
         "dataset": "data/instructions/train.jsonl",
-        "heldout_dataset": "data/instructions/heldout.jsonl",
+        "heldout_dataset": str(held_out_rows(options.held_out, folder)),
         "output_dir": str(folder / "out"),
         "max_steps": options.steps,
         "max_length": 256,
@@ -101,10 +119,11 @@ def run_case(name: str, options: argparse.Namespace, folder: Path) -> dict:
         "eval_steps": options.steps,
         "save_strategy": "no",
         "disable_tqdm": True,
+        "use_cpu": no_accelerator() and not isinstance(kind, int),
     }
     (folder / "train.yaml").write_text(yaml.safe_dump(settings))
     launch(
-        script_for(promises, fixed, folder),
+        script_for(kind, promises, fixed, folder),
         ["--config", str(folder / "train.yaml")],
         config_for(kind, ranks, folder),
         log=folder / "train.log",
@@ -142,6 +161,7 @@ def main() -> int:
     parser.add_argument(
         "--rows", type=int, default=4, help="a rank and step; the one GPU takes twice as many"
     )
+    parser.add_argument("--held-out", type=int, help="held-out conversations; left out: all")
     parser.add_argument("--learning-rate", type=float, default=3.0e-3)
     parser.add_argument("--only", default="", help="only cases whose name begins so")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a launch")
@@ -153,6 +173,7 @@ def main() -> int:
         **provenance("python benchmarks/real_on_gpus.py --commit COMMIT --out FILE", options.commit),
         "steps": options.steps,
         "rows_a_rank": options.rows,
+        "held_out_conversations": options.held_out or "all",
         "patterns_changed_by_foreach_copy": patterns_changed(),
         "cases": {},
     }
