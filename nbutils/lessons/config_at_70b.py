@@ -53,7 +53,9 @@ def strategies(shape: Shape, ranks: int, lora_r: int, checkpointing: bool = True
         "FULL_SHARD": Weights(whole / ranks, root, share * (twice + root + again + adapter)),
         "SHARD_GRAD_OP": Weights(whole / ranks, whole, share * (whole + adapter)),
         "NO_SHARD": Weights(whole, 0, share * 2 * adapter),
-        "fsdp2 reshard": Weights(whole / ranks, root - embedding, share * (twice + root + embedding + adapter)),
+        "fsdp2 reshard": Weights(
+            whole / ranks, root - embedding, share * (twice + root + embedding + adapter)
+        ),
         "fsdp2 no reshard": Weights(whole / ranks, whole, share * (whole + adapter)),
     }
 

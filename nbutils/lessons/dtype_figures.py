@@ -1,4 +1,4 @@
-"""The figures of lessons 02 and 03 about dtypes: a layer as FSDP 1 reads it, positions under bf16, two adapters' losses."""
+"""The figures of lessons 02 and 03: a layer as FSDP 1 reads it, positions under bf16, the losses of two adapters."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -70,14 +70,20 @@ def draw_angle_errors(frequencies: torch.Tensor, distances: Sequence[int]) -> No
     figure, axes = plt.subplots()
     axes.plot(distances, [d * worst for d in distances], label=f"worst of the {len(off)} frequencies")
     axes.plot(distances, [d * tenth for d in distances], label="tenth worst")
-    axes.axhline(torch.pi, color=plots.BLACK, marker="", linestyle="--", label="half a turn: as wrong as can be")
-    axes.set(xscale="log", yscale="log", xlabel="distance between two tokens", ylabel="error of the angle, radians")
+    axes.axhline(
+        torch.pi, color=plots.BLACK, marker="", linestyle="--", label="half a turn: as wrong as can be"
+    )
+    axes.set(
+        xscale="log", yscale="log", xlabel="distance between two tokens", ylabel="error of the angle, radians"
+    )
     axes.set_xticks(distances, [f"{d:,}" for d in distances])
     axes.minorticks_off()
     axes.legend()
     rows = [(f"{d:,}", f"{d * worst:.3f}", f"{d * tenth:.3f}", int((d * off > 0.5).sum())) for d in distances]
     told = "; ".join(f"{d} tokens: {error} radians" for d, error, *_ in rows)
-    plots.show(figure, f"The worst angle's error grows in proportion to the distance. {told}. Half a turn is 3.14.")
+    plots.show(
+        figure, f"The worst angle's error grows in proportion to the distance. {told}. Half a turn is 3.14."
+    )
     plots.table(["distance", "worst error, radians", "tenth worst", "frequencies off by over 0.5"], rows)
 
 
@@ -104,7 +110,10 @@ def draw_adapter_dtypes(record: dict) -> None:
     axes.set(xlabel="optimizer step", ylabel="training loss,\nbf16 adapter minus fp32 adapter")
     axes.legend()
     told = "; ".join(f"rate {rate:g}, {dtype}: {mean}" for rate, dtype, mean, *_ in rows)
-    plots.show(figure, f"The bf16 adapter's recorded loss minus the fp32 adapter's. Held-out loss at the end: {told}.")
+    plots.show(
+        figure,
+        f"The bf16 adapter's recorded loss minus the fp32 adapter's. Held-out loss at the end: {told}.",
+    )
     plots.table(["learning rate", "adapter", "held-out loss", "each seed", "kB of adapter and Adam"], rows)
 
 
@@ -112,7 +121,9 @@ def _mean_by_step(runs: list[list[float]]) -> list[float]:
     return [statistics.mean(losses) for losses in zip(*runs)]
 
 
-def loss_by_length(loss: Callable[[torch.Tensor], float], tokens: torch.Tensor, lengths: Sequence[int]) -> list:
+def loss_by_length(
+    loss: Callable[[torch.Tensor], float], tokens: torch.Tensor, lengths: Sequence[int]
+) -> list:
     """The mean loss over rows of each length, cut from one long text.
 
     Args:
