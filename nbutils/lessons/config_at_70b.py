@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nbutils.lessons import records
-from nbutils.planning.memory_items import BF16, FP32, GIB, nf4_bytes
+from nbutils.planning.memory_items import BF16, FP32, GIB, packed_bytes
 from nbutils.planning.memory_plan import fits, plan
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import Shape
@@ -25,7 +25,7 @@ def parts(shape: Shape, lora_r: int) -> tuple[int, int, int]:
         shape: of the model.
         lora_r: rank of the adapter, on all linear layers.
     """
-    layers = shape.layers * (nf4_bytes(shape.linear_parameters) + BF16 * 2 * shape.hidden)
+    layers = shape.layers * (packed_bytes(shape.linear_parameters) + BF16 * 2 * shape.hidden)
     root = BF16 * (2 * shape.vocab * shape.hidden + shape.hidden)
     return layers, root, BF16 * shape.adapter_parameters(lora_r)
 
