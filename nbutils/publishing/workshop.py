@@ -32,6 +32,8 @@ HANDED_OUT = [
         "docs/troubleshooting.md",
         "docs/troubles.yaml",
         "docs/speed_log.md",
+        "docs/evidence.md",
+        "docs/what_70b_takes.png",
     ),
 ]
 START = """\
