@@ -36,7 +36,7 @@ LESSONS = [
         "00_start_here",
         "Can this machine do it, and what will it take?",
         1,
-        10,
+        15,
         10,
         "Linux, Python 3.11 to 3.13",
     ),
