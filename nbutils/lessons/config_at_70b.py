@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from nbutils.lessons import records
 from nbutils.planning.memory_items import BF16, FP32, GIB, packed_bytes
 from nbutils.planning.memory_plan import fits, plan
-from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import Shape
 
 
@@ -71,7 +71,7 @@ def gradient_ratio(shape: Shape, lora_r: int) -> float:
     return (layers + adapter) / adapter
 
 
-def five_keys(shape: Shape, ranks: int = 2, lora_r: int = 16) -> list[list[str]]:
+def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[list[str]]:
     """Rows for the keys that decide: key, what it decides, the recipe's value, another value; GiB of one rank.
 
     Args:
