@@ -69,5 +69,5 @@ LESSONS = [
         15,
         "GPUs for its dry run; recorded otherwise",
     ),
-    Lesson("07_when_it_breaks", "I see this message.", 1, 20, 10, "nothing more"),
+    Lesson("07_when_it_breaks", "I see this message.", 1, 20, 15, "nothing more"),
 ]
