@@ -73,12 +73,21 @@ def where_shown(trouble: Trouble) -> str:
 
 
 def as_markdown() -> str:
-    """The table, one row a trouble."""
+    """A table for each moment, under its name, one row a trouble."""
+    moments = dict.fromkeys(trouble.moment for trouble in TROUBLES)
+    return "\n\n".join(f"### {_title(moment)}\n\n{_table(moment)}" for moment in moments)
+
+
+def _title(moment: str) -> str:
+    return moment[0].upper() + moment[1:]
+
+
+def _table(moment: str) -> str:
     lines = [
         "| you see | who says it | cause | what to do | shown by | reports |",
         "|---|---|---|---|---|---|",
     ]
-    for trouble in TROUBLES:
+    for trouble in (trouble for trouble in TROUBLES if trouble.moment == moment):
         message = trouble.message if trouble.message.startswith("(") else f"`{trouble.message}`"
         message = message.replace(
             "`requires_grad` when `use_orig_params=False`", "requires_grad when use_orig_params=False"
@@ -92,7 +101,9 @@ def as_markdown() -> str:
 
 PAGE = f"""# Troubleshooting
 
-Made of `docs/troubles.yaml` by `python -m nbutils.lessons.troubles`; notebook 07 shows the same table.
+## I see this message, by the moment at which it comes
+
+Made of `docs/troubles.yaml` by `python -m nbutils.lessons.troubles`; notebook 07 shows the same tables.
 *Shown by* names the cell or the test in which the library itself does it, with the versions of
 `requirements.lock`; "{RECORDED.strip(": ")}" names a recorded file; the rest is marked "{NOT_REPRODUCED}". Reports are
 public and may have other causes as well.
