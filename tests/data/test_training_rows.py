@@ -166,7 +166,7 @@ def test_a_row_without_a_label_left_never_reaches_a_pack(tokenizers, tmp_path, c
 
 def test_what_is_not_used_is_said(tokenizers, tmp_path, capsys):
     look(tokenizers["llama"], tmp_path, [{**turns("Q", "A."), "topic": "letters", "id": 7}])
-    assert "Not used of the rows, as bookkeeping: id, topic." in capsys.readouterr().out
+    assert "Not used of the rows: id, topic." in capsys.readouterr().out
 
 
 def test_prompts_are_learned_too_if_that_is_asked_for(tokenizers, tmp_path):
