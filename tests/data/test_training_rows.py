@@ -116,9 +116,10 @@ def test_text_begins_and_ends_once(tokenizers, tmp_path, name, begins):
         assert row["labels"] == row["input_ids"]
 
 
-def test_a_template_that_begins_twice_is_refused(tmp_path):
+@pytest.mark.parametrize("more", ["{{ bos_token }}", "<|begin_of_text|>"])
+def test_a_template_that_begins_twice_is_refused(tmp_path, more):
     tokenizer = chats.tokenizers()["llama"]
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.chat_template = more + tokenizer.chat_template
     with pytest.raises(
         Refused, match=r"row 1: <\|begin_of_text\|> stands 2 times in the rendered row; wanted once"
     ):
