@@ -4,18 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: tutorial test test-ci lint notebooks site workshop matrix lab clean help
+.PHONY: tutorial real test test-ci lint notebooks site workshop matrix newest lab clean help
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
+	@echo "make real       train and use a real language model, SmolLM2-135M: 93 MB once, ten minutes, 6 GB of memory"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       prove the repository"
 	@echo "make test-ci    what CI tests besides: faults at each stage of a run, and two hosts"
 	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
-	@echo "make lint       ruff over package, tests, notebooks and the extracted script; who may import whom"
+	@echo "make lint       ruff over package, tests, notebooks and the extracted script; who may import whom; spelling"
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
 	@echo "make site       the whole series as HTML in site/, to be read without a network"
 	@echo "make workshop   student edition, solutions and an archive to hand out, in workshop/"
+	@echo "make newest     try the newest releases in an environment of their own (by hand; an hour); the report in runs/newest"
 	@echo "make clean      remove what runs leave behind (keeps .venv)"
 
 $(STAMP): requirements.lock pyproject.toml
@@ -29,6 +31,10 @@ $(STAMP): requirements.lock pyproject.toml
 PARAMS ?= configs/params/tiny.yaml
 tutorial: $(STAMP)
 	$(BIN)/python -m nbutils run --params $(PARAMS) $(if $(FSDP_VERSION),-p fsdp_version $(FSDP_VERSION))
+
+real: $(STAMP)
+	$(BIN)/python -m nbutils small-model
+	$(BIN)/python -m nbutils run --params configs/params/smollm2_135m.yaml --only 04,05
 
 # It opens with the table of contents beside the first notebook; how you arrange it later is kept in runs/lab.
 LAB ?= runs/lab
@@ -51,6 +57,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check . runs/lint/fine_tuning_FSDP_QLoRA.py
 	$(BIN)/ruff format --check . runs/lint/fine_tuning_FSDP_QLoRA.py
 	$(BIN)/lint-imports
+	$(BIN)/codespell -D - -D docs/terms.txt
 
 notebooks: $(STAMP)
 	$(BIN)/python -m nbutils refresh
@@ -60,6 +67,10 @@ site: $(STAMP)
 
 workshop: $(STAMP)
 	$(BIN)/python -m nbutils workshop
+
+# Today's releases beside the tested ones. It ends with 1 if anything differs; what it says is in runs/newest/report.md.
+newest: $(STAMP)
+	$(BIN)/python -m nbutils newest
 
 clean:
 	rm -rf runs site workshop .pytest_cache .ruff_cache

@@ -31,8 +31,8 @@ WINDOW = 10  # steps averaged for one point of the curve
 def batches(source: str, tokenizer) -> torch.Tensor:
     """All conversations of a file as windows of tokens, shape (windows, LENGTH)."""
     ids = []
-    for row in load_conversations(source):
-        ids += tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    for conversation in load_conversations(source):
+        ids += tokenizer.apply_chat_template(conversation.turns, return_dict=True)["input_ids"]
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 

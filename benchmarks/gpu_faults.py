@@ -31,8 +31,8 @@ FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config
 OFFLOADED = "configs/accelerate/config_fsdp2_offload.yaml"
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 6,
-    "max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2, "eval_strategy": "no",
-    "eval_on_start": "false", "disable_tqdm": "true",
+    "max_length": 64, "max_cut_share": 1, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2,
+    "eval_strategy": "no", "eval_on_start": "false", "disable_tqdm": "true",
 }  # fmt: skip
 ENDED_WELL = "(it ended well)"
 NO_CHECKS = ("    refuse_before_loading(recipe, training)", "    pass")
@@ -94,10 +94,12 @@ def run_case(case: dict, model: str, big: str, folder: Path) -> dict:
     told = SETTINGS | {"model": big if case.get("big") else model, "output_dir": str(folder / "out")}
     told |= case.get("settings", {})
     if "rows" in case:
-        told["dataset"] = told["heldout_dataset"] = str(folder / "rows.jsonl")
-        (folder / "rows.jsonl").write_text(
-            "".join(json.dumps({"text": f"{n} {case['rows']}"}) + "\n" for n in range(64))
-        )
+        for name, file, first in (("dataset", "rows.jsonl", 0), ("heldout_dataset", "heldout.jsonl", 64)):
+            told[name] = str(folder / file)
+            numbers = range(first, first + 64)
+            (folder / file).write_text(
+                "".join(json.dumps({"text": f"{n} {case['rows']}"}) + "\n" for n in numbers)
+            )
     arguments = [word for name, value in told.items() for word in (f"--{name}", str(value))]
     variables = case.get("variables", {}) | {"NBUTILS_MEASURE_DIR": str(folder / "ranks")}
     before = {name: os.environ.pop(name, None) for name in variables}

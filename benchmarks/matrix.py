@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.common.paths import go_to_root
 from nbutils.common.progress_file import read_progress
-from nbutils.launching.dry_run import describe, dry_run
+from nbutils.launching.dry_run import dry_run
+from nbutils.launching.dry_run_record import describe
+from nbutils.launching.dry_run_settings import DryRun
 from nbutils.launching.random_weights import prepare
 from nbutils.planning.shapes import shape_of
 
@@ -228,7 +230,7 @@ def main() -> int:
         print(f"==== {name}: {time.monotonic() - started:.0f} s since the start", flush=True)
         run_dir = Path("runs/matrix") / name
         rows = (f"dataset={write_chats(Path('runs/matrix/chats.jsonl'))}",) if case.chats else ()
-        result = dry_run(
+        asked = DryRun(
             shape,
             case.config,
             batch=case.batch,
@@ -245,6 +247,7 @@ def main() -> int:
             trace=name.startswith("fit"),
             timeout=max(60.0, min(left - 5, 2 * case.seconds)),
         )
+        result = dry_run(asked)
         if case.chats and result["outcome"] == "ok":
             result["measured"] |= steady(run_dir, result["measured"]["all_step_seconds"])
         print(describe(result), flush=True)

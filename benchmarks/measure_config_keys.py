@@ -265,9 +265,17 @@ def wrapped(file: Path, model: torch.nn.Module, peft_policy: bool, mixed: str | 
 
 
 def measure(
-    file: Path, model: torch.nn.Module, steps: int, peft_policy: bool = True, mixed: str | None = None
+    file: Path,
+    model: torch.nn.Module,
+    steps: int,
+    peft_policy: bool = True,
+    mixed: str | None = None,
+    checkpointing: bool = False,
 ) -> dict:
     """Wrap the model by this file, train a few steps, and return what was seen on this rank."""
+    if checkpointing:  # as the training script does by default
+        base = model.get_base_model()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     watch = Watch()
     watch.layers(model)
     before = {
@@ -519,7 +527,7 @@ def hybrid_mesh(base: torch.nn.Module, device: str) -> dict:
 
 
 def variants(device: str) -> dict[str, dict]:
-    """Name to changed keys; `version`, `peft_policy` and `mixed` say how the model is wrapped."""
+    """Name to changed keys; `version`, `peft_policy`, `mixed` and `checkpointing` say how the model is wrapped."""
     table = {
         "FULL_SHARD": {},
         "SHARD_GRAD_OP": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"},
@@ -547,6 +555,8 @@ def variants(device: str) -> dict[str, dict]:
         "mixed bf16": {"mixed_precision": "bf16"},
         "fsdp2 mixed bf16": {"version": 2, "mixed_precision": "bf16"},
     }
+    for name in ("FULL_SHARD", "SHARD_GRAD_OP", "fsdp2 reshard", "fsdp2 no reshard"):
+        table[f"{name}, checkpoints"] = table[name] | {"checkpointing": True}
     table["HYBRID_SHARD"] = {"fsdp_sharding_strategy": "HYBRID_SHARD"}
     table["offload"] = {"fsdp_offload_params": True}  # a CPU refuses this and the next, in words of its own
     table["sync"] = {"fsdp_sync_module_states": True}
@@ -567,6 +577,7 @@ def run_all(folder: Path, device: str, steps: int, save) -> dict:
     for name, changes in variants(device).items():
         keys = dict(changes)
         how = {"peft_policy": keys.pop("peft_policy", True), "mixed": keys.pop("mixed", None)}
+        how["checkpointing"] = keys.pop("checkpointing", False)
         file = configs.variant(files[keys.pop("version", 1)], folder, **(usual | keys))
         seen = attempt(measure, file, with_adapter(base), steps, **how)
         results["variants"][name] = {"keys": changes, **seen}

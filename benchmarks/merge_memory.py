@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from nbutils.adapters.lora_config import WEIGHTS
 from nbutils.adapters.merge import merge
-from nbutils.adapters.save import WEIGHTS
 from nbutils.common.provenance import provenance
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KV = 8192, 28672, 128256, 1024

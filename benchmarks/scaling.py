@@ -13,6 +13,7 @@ stay true, the speed does not (`gpus_of_each_machine` says so).
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +30,9 @@ from nbutils.common.devices import no_accelerator
 from nbutils.common.paths import go_to_root
 from nbutils.common.provenance import provenance
 from nbutils.launching.config_files import variant
-from nbutils.launching.dry_run import describe, dry_run, settings_for
+from nbutils.launching.dry_run import dry_run
+from nbutils.launching.dry_run_record import describe
+from nbutils.launching.dry_run_settings import DryRun, write_settings
 from nbutils.launching.measurements import measured
 from nbutils.launching.random_weights import prepare
 from nbutils.launching.script_file import write_script
@@ -154,9 +157,10 @@ def two_machines(
     folder.mkdir(parents=True, exist_ok=True)
     world_size, hybrid = 2 * ranks, config == HYBRID
     script = write_script(folder)
-    settings = settings_for(folder, weights, batch, length, steps, lora_r=16, world_size=world_size)
+    shutil.rmtree(folder / "train", ignore_errors=True)
+    write_settings(DryRun(shape, batch=batch, length=length, steps=steps), folder, weights, world_size)
     os.environ["NBUTILS_MEASURE_DIR"] = str(folder / "ranks")
-    words = ("nbutils.launching.measured_run", str(script), "--config", str(settings))
+    words = ("nbutils.launching.measured_run", str(script), "--config", str(folder / "train.yaml"))
     with Loopback() as loopback:
         wait(start_on_two_machines(config, ranks, folder, 29612, *words), folder, 240)
     seen = measured(folder, None, world_size * batch * length)
@@ -186,7 +190,7 @@ def two_machines(
 
 def one_machine(ranks: int, shape: Shape, options: argparse.Namespace, folder: Path) -> dict:
     """A dry run without offload on one machine of some ranks."""
-    record = dry_run(
+    asked = DryRun(
         shape,
         REHEARSAL if no_accelerator() else RECIPE,
         batch=options.batch,
@@ -198,6 +202,7 @@ def one_machine(ranks: int, shape: Shape, options: argparse.Namespace, folder: P
         commit=options.commit,
         changes=() if no_accelerator() else ("fsdp_offload_params=false",),
     )
+    record = dry_run(asked)
     print(describe(record), flush=True)
     if record["outcome"] != "ok":
         raise SystemExit(

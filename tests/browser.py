@@ -50,7 +50,7 @@ def _until(what, seconds: float = 30):
         try:
             return what() or 1 / 0
         except (OSError, ZeroDivisionError, ValueError):
-            assert time.monotonic() < end and "the browser did not start"
+            assert time.monotonic() < end, "the browser did not start"
             time.sleep(0.1)
 
 

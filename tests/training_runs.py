@@ -17,9 +17,9 @@ def arguments(folder: Path, out: str, **more) -> list[str]:
     """What the training script is told: few rows, dropout, a log line that spans a checkpoint."""
     settings = {
         "model": tiny_base(), "dataset": folder / "train.jsonl", "heldout_dataset": folder / "heldout.jsonl",
-        "output_dir": folder / out, "max_steps": STEPS, "max_length": 64, "per_device_train_batch_size": 2,
-        "learning_rate": 2e-3, "warmup_steps": 2, "lora_r": 4, "lora_dropout": 0.1, "logging_steps": 3, "save_steps": 2,
-        "eval_strategy": "no", "disable_tqdm": "true", "seed": 0,
+        "output_dir": folder / out, "max_steps": STEPS, "max_length": 64, "max_cut_share": 1,
+        "per_device_train_batch_size": 2, "learning_rate": 2e-3, "warmup_steps": 2, "lora_r": 4, "lora_dropout": 0.1,
+        "logging_steps": 3, "save_steps": 2, "eval_strategy": "no", "disable_tqdm": "true", "seed": 0,
     } | more  # fmt: skip
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 

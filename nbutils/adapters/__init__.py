@@ -1,1 +1,1 @@
-"""What was trained: gather, save, prove, export, merge."""
+"""What was trained: gather, save, prove, export, merge, GGUF."""

@@ -10,7 +10,6 @@ It is written under another name and renamed at the end. A kill at any moment le
 whole one. The folder must be one that all ranks see (a shared file system with several machines).
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,8 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nbutils.adapters.gather import Piece, SaveError, own_pieces
-from nbutils.common.disk import fsync
+from nbutils.adapters.pieces import Piece, SaveError, own_pieces
+from nbutils.common.disk import fsync, sha256
 from nbutils.common.ranks import on_every_rank, rank
 
 MANIFEST = "manifest.json"
@@ -135,7 +134,7 @@ def problem_with(folder: Path, contents: bool = True) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes, and {size:,} were written"
-        if contents and _sha256(file) != digest:
+        if contents and sha256(file) != digest:
             return f"{name} is not the file that was written: its SHA-256 differs"
     return None
 
@@ -231,7 +230,7 @@ def _finish(unfinished: Path, folder: Path, facts: dict) -> None:
         for file in list(own.iterdir()):
             file.rename(unfinished / file.name)
         own.rmdir()
-    files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(unfinished.iterdir())}
+    files = {file.name: [file.stat().st_size, sha256(file)] for file in sorted(unfinished.iterdir())}
     manifest = {"format": FORMAT, "facts": facts, "files": files}
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     fsync(unfinished / MANIFEST)
@@ -243,8 +242,3 @@ def _finish(unfinished: Path, folder: Path, facts: dict) -> None:
     unfinished.rename(folder)
     fsync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

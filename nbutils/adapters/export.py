@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from nbutils.adapters.checkpoint_folder import (
     ADAPTER,
     CheckpointError,
-    _sha256,
     problem_with,
     rank_file,
     read_manifest,
 )
-from nbutils.adapters.gather import SaveError
-from nbutils.adapters.save import CONFIG, WEIGHTS, reject_bad_tensors
-from nbutils.common.disk import fsync
+from nbutils.adapters.lora_config import CONFIG, WEIGHTS, read_lora_config
+from nbutils.adapters.pieces import SaveError
+from nbutils.adapters.save import reject_bad_tensors
+from nbutils.common.disk import fsync, sha256
 
 
 def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: bool = False) -> dict:
@@ -36,6 +36,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
 
     Raises:
         CheckpointError: the checkpoint is not complete, or its pieces leave a hole. Nothing is written.
+        UnsupportedAdapter: the adapter's configuration asks for more than A, B and a scaling can say.
         SaveError: `folder` exists, or the tensors are no adapter worth keeping.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
@@ -43,6 +44,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
         raise CheckpointError(f"{checkpoint} cannot be used: {problem}.")
     if folder.exists():
         raise SaveError(f"{folder} exists already, and nothing is overwritten. Name a new folder.")
+    read_lora_config(checkpoint)  # refuses what A and B alone do not say
     # Not from the folder's name: a checkpoint that was copied may have another.
     step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     ranks = range(read_manifest(checkpoint)["facts"]["world_size"])
@@ -56,7 +58,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, allow_untrained: 
     unfinished.mkdir(parents=True)
     save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
     shutil.copyfile(checkpoint / CONFIG, unfinished / CONFIG)
-    digest = _sha256(unfinished / WEIGHTS)
+    digest = sha256(unfinished / WEIGHTS)
     for path in [*unfinished.iterdir(), unfinished]:
         fsync(path)
     unfinished.rename(folder)

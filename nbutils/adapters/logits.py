@@ -9,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from nbutils.adapters.gather import compute_device, peft_model
+from nbutils.adapters.gather import compute_device
+from nbutils.adapters.lora_config import read_lora_config
+from nbutils.adapters.pieces import peft_model
 from nbutils.adapters.save import AdapterMismatch
 from nbutils.common.ranks import agree, rank
 
@@ -73,8 +75,10 @@ def compare_with_record(base: PreTrainedModel, folder: str | Path, file: str | P
         What `compare_logits` returns.
 
     Raises:
+        UnsupportedAdapter: the adapter's configuration asks for what is not implemented here; the field is named.
         AdapterMismatch: see `compare_logits`.
     """
+    read_lora_config(folder)
     with safe_open(file, "pt") as record:
         input_ids, trained = record.get_tensor("input_ids"), record.get_tensor("logits")
         dtype = getattr(torch, record.metadata()["dtype"])

@@ -5,30 +5,24 @@ written to a new checkpoint with the same files and the same index. A file is co
 stopped goes on where it was.
 """
 
-import hashlib
 import json
 import shutil
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from nbutils.adapters.save import CONFIG, WEIGHTS
-from nbutils.common.disk import fsync
+from nbutils.adapters.lora_config import CONFIG, WEIGHTS, alpha_of, read_lora_config
+from nbutils.adapters.merge_plan import MergeError, Parts, layout, plan_merge
+from nbutils.common.disk import fsync, sha256
 from nbutils.models.hub import local_folder, read_config
-from nbutils.models.safetensors_writer import Entry, layout_of, read_tensor, write_tensors
+from nbutils.models.safetensors_reader import Checkpoint
+from nbutils.models.safetensors_writer import read_tensor, write_tensors
+from nbutils.planning.memory_items import BF16
+from nbutils.planning.shapes import shape_of
 
-PREFIX = "base_model.model."  # what PEFT puts before the base's names
-PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 RECORD = "merge.json"
-
-
-class MergeError(RuntimeError):
-    """The adapter cannot be merged into this base. The base and the adapter are as they were."""
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, progress: bool = True) -> dict:
@@ -36,7 +30,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, progress: bool
 
     Args:
         base: the unquantised base: a local folder, or a hub id.
-        adapter: the adapter's folder: LoRA or DoRA on linear layers, and `modules_to_save`.
+        adapter: the adapter's folder: LoRA or DoRA on linear layers and embeddings, `modules_to_save`, and biases.
         out: a new folder, or one in which the same merge was stopped.
         progress: show a bar that counts bytes.
 
@@ -45,50 +39,56 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, progress: bool
         finished, and `skipped_files` (finished by an earlier try).
 
     Raises:
+        UnsupportedAdapter: the adapter's configuration asks for something that is not implemented; the field is named.
         MergeError: the base is quantised, a tensor of the adapter has no place in it, the disk is too small, or `out`
             holds something else.
-        BadCheckpoint: the base has no readable `config.json`.
+        BadCheckpoint: the base has no readable `config.json`, or a file of it is missing or damaged.
         CannotDownload: the base is no local folder, and the hub does not give it.
     """
     base, adapter, out = local_folder(base), Path(adapter), Path(out)
-    if read_config(base).get("quantization_config"):
-        raise MergeError(
-            f"{base} is quantised; the unquantised bf16 base was wanted. Name the model it was made from."
-        )
-    config = _adapter_config(adapter)
-    files = _weight_files(base)
-    layouts = {file.name: _layout(file) for file in files}
-    plan = _plan(
-        adapter / WEIGHTS, config, {name: e for layout in layouts.values() for name, e in layout.items()}
-    )
+    layouts, plan, config = _look(base, adapter)
     _claim(out, base, adapter, layouts)
-    finished = [file.name for file in files if (out / file.name).is_file()]
-    _reject_small_disk(out, sum(file.stat().st_size for file in files if file.name not in finished))
+    finished = [name for name in layouts if (out / name).is_file()]
+    _reject_small_disk(out, sum((base / name).stat().st_size for name in layouts if name not in finished))
 
-    total = sum(entry.bytes for layout in layouts.values() for entry in layout.values())
+    total = sum(entry.bytes for entries in layouts.values() for entry in entries.values())
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="merge") as bar:
-        for file in files:
-            layout = layouts[file.name]
-            if file.name in finished:
-                bar.update(sum(entry.bytes for entry in layout.values()))
+        for name, entries in layouts.items():
+            if name in finished:
+                bar.update(sum(entry.bytes for entry in entries.values()))
                 continue
-            part = out / f".{file.name}.part"
-            write_tensors(
-                part,
-                layout,
-                lambda name, file=file: _merged(name, file, adapter / WEIGHTS, plan, config),
-                bar,
-            )
+            part = out / f".{name}.part"
+            merged = _merger(base / name, adapter / WEIGHTS, plan, config)
+            write_tensors(part, entries, merged, bar)
             fsync(part)
-            part.rename(out / file.name)
+            part.rename(out / name)
     _copy_the_rest(base, adapter, out)
     return {
-        "tensors": sum(len(layout) for layout in layouts.values()),
-        "merged": sum("whole" not in parts for parts in plan.values()),
-        "replaced": sum("whole" in parts for parts in plan.values()),
+        "tensors": sum(len(entries) for entries in layouts.values()),
+        "merged": sum(not parts.replaced for parts in plan.values()),
+        "replaced": sum(parts.replaced for parts in plan.values()),
         "bytes": total,
         "skipped_files": finished,
     }
+
+
+def why_not_merged(base: str | Path, limit_gb: float) -> str | None:
+    """Say why a base is not merged into without being asked for; None if it may be. Reads its configuration alone.
+
+    Args:
+        base: a local folder or a hub id.
+        limit_gb: the largest bf16 model, in GB, that is written a second time.
+    """
+    folder = local_folder(base, weights=False)
+    if read_config(folder).get("quantization_config"):
+        return f"{base} is quantised, and an adapter is merged into the bf16 model: name that in bf16_base."
+    size = BF16 * shape_of(folder).parameters / 1e9
+    if size <= limit_gb:
+        return None
+    return (
+        f"Not merged: that writes {size:.3g} GB, and merge_up_to_gb is {limit_gb:g}. The adapter needs no merge to "
+        "be used; to merge all the same, raise merge_up_to_gb."
+    )
 
 
 def merge_weight(
@@ -97,122 +97,84 @@ def merge_weight(
     """Merge into one weight with PEFT's own layer, so that the arithmetic is PEFT's to the last bit.
 
     Args:
-        weight: (out, in), the base's; changed in place.
+        weight: (out, in) of a linear layer, or (vocabulary, hidden) of an embedding; changed in place.
         module: its module's name in the base, for patterns in the configuration.
         config: the adapter's.
-        parts: `A` (r, in), `B` (out, r), and with DoRA `magnitude` (out,).
+        parts: `A` (r, in), `B` (out, r), and with DoRA `magnitude` (out,); for an embedding `embedding_A` and
+            `embedding_B`.
 
     Returns:
-        The merged weight, (out, in) in the base's dtype.
+        The merged weight, in the base's shape and dtype.
     """
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    embedding = "embedding_A" in parts
     small = LoraConfig(
-        r=parts["A"].shape[0],
-        lora_alpha=alpha,
+        r=parts["embedding_A" if embedding else "A"].shape[0],
+        lora_alpha=alpha_of(config, module),
         use_rslora=config.use_rslora,
-        use_dora="magnitude" in parts,
+        use_dora=config.use_dora,
         target_modules=["layer"],
     )
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer = inject_adapter_in_model(small, torch.nn.ModuleDict({"layer": linear}))["layer"]
+    if embedding:
+        plain = torch.nn.Embedding(*weight.shape, device="meta")
+    else:
+        plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer = inject_adapter_in_model(small, torch.nn.ModuleDict({"layer": plain}))["layer"]
     # PEFT computes in fp32 with an adapter that it loads onto a bf16 base.
-    layer.lora_A["default"].weight.data = parts["A"].float()
-    layer.lora_B["default"].weight.data = parts["B"].float()
+    if embedding:
+        layer.lora_embedding_A["default"].data = parts["embedding_A"].float()
+        layer.lora_embedding_B["default"].data = parts["embedding_B"].float()
+    else:
+        layer.lora_A["default"].weight.data = parts["A"].float()
+        layer.lora_B["default"].weight.data = parts["B"].float()
     if "magnitude" in parts:
         layer.lora_magnitude_vector["default"].weight.data = parts["magnitude"].float()
     layer.merge()
     return layer.get_base_layer().weight.data
 
 
-def _merged(name: str, file: Path, adapter: Path, plan: dict, config: LoraConfig) -> torch.Tensor:
-    weight = read_tensor(file, name)
-    keys = plan.get(name)
-    if keys is None:
-        return weight
-    parts = {part: read_tensor(adapter, key) for part, key in keys.items()}
-    if "whole" in parts:
-        return parts["whole"].to(weight.dtype)  # as PeftModel.from_pretrained loads it
-    return merge_weight(weight.clone(), name.removesuffix(".weight"), config, parts)
-
-
-def _plan(file: Path, config: LoraConfig, base: dict) -> dict[str, dict[str, str]]:
-    """Say for each tensor of the base that changes which tensors of the adapter go into it: {name: {part: key}}."""
-    if config.fan_in_fan_out:
+def _look(base: Path, adapter: Path) -> tuple[dict, dict[str, Parts], LoraConfig]:
+    """Read configurations and headers, and refuse what cannot be merged before anything is written."""
+    settings = read_config(base)
+    if settings.get("quantization_config"):
         raise MergeError(
-            "The adapter has fan_in_fan_out, which belongs to GPT-2's layers; linear layers were wanted."
+            f"{base} is quantised; the unquantised bf16 base was wanted. Name the model it was made from."
         )
-    plan, shapes = defaultdict(dict), {}
-    for key, entry in _layout(file).items():
-        name, part = key.removeprefix(PREFIX), "whole"
-        for ending, label in PARTS.items():
-            if name.endswith("." + ending):
-                name, part = name.removesuffix(ending) + "weight", label
-        if name not in base:
-            raise MergeError(
-                f"{key} of the adapter belongs to {name}, and the base has no such tensor. Merge into the base "
-                "that the adapter was trained on, unquantised and with its head and embedding untied."
-            )
-        plan[name][part] = key
-        shapes[name, part] = entry.shape
-    for name, parts in plan.items():
-        wanted = base[name].shape
+    config = read_lora_config(adapter)
+    if not (adapter / WEIGHTS).is_file():
+        raise MergeError(f"{adapter} holds no {WEIGHTS}; wanted the folder of an adapter, as PEFT saves it.")
+    files = sorted(set(Checkpoint(base).files.values()))
+    layouts = {name: layout(base / name) for name in files}
+    held = {name: entry for entries in layouts.values() for name, entry in entries.items()}
+    tied = bool(settings.get("tie_word_embeddings")) or "lm_head.weight" not in held
+    return layouts, plan_merge(layout(adapter / WEIGHTS), config, held, tied), config
+
+
+def _merger(file: Path, adapter: Path, plan: dict[str, Parts], config: LoraConfig):
+    """A function that gives the merged tensor of a name in this file of the base."""
+
+    def merged(name: str) -> torch.Tensor:
+        weight = read_tensor(file, name)
+        if name not in plan:
+            return weight
+        parts = {part: read_tensor(adapter, key) for part, key in plan[name].keys.items()}
         if "whole" in parts:
-            found = shapes[name, "whole"]
-        else:
-            missing = {"A", "B"} - parts.keys()
-            if missing or config.use_dora != ("magnitude" in parts):
-                raise MergeError(
-                    f"{name} has {sorted(parts)} in the adapter; A, B (and with DoRA the magnitude) were wanted."
-                )
-            found = [shapes[name, "B"][0], shapes[name, "A"][1]]
-        if list(found) != list(wanted):
-            raise MergeError(
-                f"{name} is {list(wanted)} in the base, and the adapter was made for {list(found)}."
-            )
-    return dict(plan)
+            return parts["whole"].to(weight.dtype)  # as PeftModel.from_pretrained loads it
+        weight = parts.pop("base").to(weight.dtype) if "base" in parts else weight
+        return merge_weight(weight.clone(), name.removesuffix(".weight"), config, parts) if parts else weight
 
-
-def _adapter_config(adapter: Path) -> LoraConfig:
-    for name in (CONFIG, WEIGHTS):
-        if not (adapter / name).is_file():
-            raise MergeError(f"{adapter} holds no {name}; wanted the folder of an adapter, as PEFT saves it.")
-    try:
-        return LoraConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, AttributeError) as problem:
-        raise MergeError(f"{adapter / CONFIG} is not what PEFT writes for LoRA ({problem}).") from None
-
-
-def _layout(file: Path) -> dict[str, Entry]:
-    try:
-        return layout_of(file)
-    except SafetensorError as problem:
-        raise MergeError(
-            f"{file} is cut short or damaged ({problem}). Download or copy this file again."
-        ) from None
-
-
-def _weight_files(base: Path) -> list[Path]:
-    index = base / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise MergeError(f"{index} is no index of safetensors. Download it again.") from None
-    for name in names:
-        if not (base / name).is_file():
-            raise MergeError(f"{base} has no {name}; a base in safetensors was wanted. Download it whole.")
-    return [base / name for name in names]
+    return merged
 
 
 def _claim(out: Path, base: Path, adapter: Path, layouts: dict) -> None:
     """Write down what is merged here, or find that the same merge was begun before."""
-    digest = hashlib.sha256((adapter / CONFIG).read_bytes())
-    with (adapter / WEIGHTS).open("rb") as stream:
-        weights = hashlib.file_digest(stream, "sha256").hexdigest()
     files = {name: (base / name).stat().st_size for name in layouts}
-    record = {"base": base.name, "files": files, "adapter_config": digest.hexdigest(), "adapter": weights}
+    record = {
+        "base": base.name,
+        "files": files,
+        "adapter_config": sha256(adapter / CONFIG),
+        "adapter": sha256(adapter / WEIGHTS),
+    }
     if not out.exists() or not any(out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")

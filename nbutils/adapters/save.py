@@ -1,7 +1,6 @@
 """Save the adapter so that it is there, whole, and the one that was trained: gather, write, read back, swap."""
 
 import copy
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,20 +10,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from nbutils.adapters.gather import (
-    Piece,
-    SaveError,
-    compute_device,
-    gather_adapter,
-    missing_keys,
-    own_pieces,
-    peft_model,
-)
-from nbutils.common.disk import fsync
+from nbutils.adapters.gather import compute_device, gather_adapter, missing_keys
+from nbutils.adapters.lora_config import CONFIG, WEIGHTS
+from nbutils.adapters.pieces import Piece, SaveError, own_pieces, peft_model
+from nbutils.common.disk import fsync, sha256
 from nbutils.common.ranks import agree, rank
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 class AdapterMismatch(SaveError):
@@ -106,7 +96,7 @@ def verify_adapter(
     if rank() == 0:
         try:
             file = Path(folder) / WEIGHTS
-            tensors, digest = load_file(file), hashlib.sha256(file.read_bytes()).hexdigest()
+            tensors, digest = load_file(file), sha256(file)
             _reject_bad_config(Path(folder))
             reject_bad_tensors(tensors, allow_untrained, each_lora_b=True)
         except Exception as error:  # told to every rank: they would wait for ever

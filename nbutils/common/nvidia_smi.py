@@ -5,30 +5,37 @@ import re
 import subprocess
 
 
-def find_gpus() -> list[dict]:
-    """The GPUs that a program started here would see, as nvidia-smi tells them; empty without one.
+def every_gpu() -> list[dict]:
+    """The GPUs of this machine, shown to programs or not; empty without nvidia-smi.
 
     Returns:
-        For each its `index` in nvidia-smi's table, `name`, memory in `gib` and compute `capability`. The last two are
-        None where nvidia-smi gives no number: the GPU shares the host's memory, or a container may not ask.
+        For each its `index` in nvidia-smi's table, `name`, memory in `gib`, compute `capability`, `uuid` and `driver`.
+        Memory and capability are None where nvidia-smi gives no number: the GPU shares the host's memory, or a
+        container may not ask.
     """
-    table = _nvidia_smi("--query-gpu=name,memory.total,compute_cap,uuid", "--format=csv,noheader,nounits")
-    rows = [
-        line.split(",") for line in table.splitlines() if "," in line
-    ]  # "No devices were found" is no row
-    gpus, uuids = [], []
-    for index, row in enumerate(rows):
-        name, memory, capability, uuid = (*(part.strip() for part in row), "", "", "")[:4]
+    asked = "--query-gpu=name,memory.total,compute_cap,uuid,driver_version"
+    gpus = []
+    for line in _nvidia_smi(asked, "--format=csv,noheader,nounits").splitlines():
+        if "," not in line:  # "No devices were found" is no row
+            continue
+        cells = [cell.strip() for cell in line.split(",")]
+        name, memory, capability, uuid, driver = (cells + 5 * [""])[:5]
         mib = _number(memory)
         gib = None if mib is None else mib / 1024
-        gpus.append({"index": index, "name": name, "gib": gib, "capability": _number(capability)})
-        uuids.append(uuid)
+        gpu = {"index": len(gpus), "name": name, "gib": gib, "capability": _number(capability)}
+        gpus.append(gpu | {"uuid": uuid, "driver": driver})
+    return gpus
+
+
+def find_gpus() -> list[dict]:
+    """The GPUs that a program started here would see: `every_gpu`, as far as CUDA_VISIBLE_DEVICES leaves them."""
+    gpus = every_gpu()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return gpus
     if chosen.startswith("MIG-"):  # a slice of a card; CUDA shows one, and the table has whole cards only
         return [gpus[0] | {"name": f"a MIG slice of {gpus[0]['name']}", "gib": None}] if gpus else []
-    return [gpus[index] for index in _visible(chosen, uuids)]
+    return [gpus[index] for index in _visible(chosen, [gpu["uuid"] for gpu in gpus])]
 
 
 def _visible(chosen: str, uuids: list[str]) -> list[int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 
 from nbutils.common.devices import no_accelerator
+from nbutils.common.nvidia_smi import every_gpu
 from nbutils.common.paths import ROOT
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors")
+from nbutils.common.versions import STACK
 
 
 def provenance(command: str, commit_here: str = "") -> dict:
@@ -37,17 +37,17 @@ def provenance(command: str, commit_here: str = "") -> dict:
 
 def machine() -> dict:
     """What this machine is, without its name: CPU, cores, bytes of host memory, GPUs and their driver."""
-    gpus = [] if no_accelerator() else _gpus()
+    gpus = [] if no_accelerator() else every_gpu()
     return {
         "cpu": _processor(),
         "cpus": psutil.cpu_count(),
         "host_memory_bytes": psutil.virtual_memory().total,
-        "gpus": [f"{name} {size}" for name, size, _ in gpus],
-        "driver": gpus[0][2] if gpus else None,
+        "gpus": [f"{gpu['name']} {_memory(gpu['gib'])}" for gpu in gpus],
+        "driver": gpus[0]["driver"] if gpus else None,
     }
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+def versions(packages: Iterable[str] = STACK) -> dict[str, str]:
     """The installed version of Python and of each package.
 
     Args:
@@ -79,11 +79,5 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _gpus() -> list[tuple[str, ...]]:
-    """Name, memory and driver of each GPU, as nvidia-smi tells them; empty without it."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [tuple(cell.strip() for cell in line.split(",")) for line in lines]
+def _memory(gib: float | None) -> str:
+    return "memory unknown" if gib is None else f"{round(gib * 1024)} MiB"

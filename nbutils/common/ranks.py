@@ -10,6 +10,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """Return the number of ranks of the launch: 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def agree(problem: str | None, error: type[Exception]) -> None:
     """Raise on every rank what any rank found, so that none waits for one that has given up.
 

@@ -43,7 +43,7 @@ def refuse_bad_config(file: str | Path, num_processes: int | None = None, gpus: 
     Raises:
         BadConfig: what was found, what was wanted, what to do.
     """
-    content = _read(Path(file))
+    content = read_config(Path(file))
     _refuse_unknown_keys(file, content)
     _refuse_bad_counts(file, content, num_processes, gpus)
     if content.get("distributed_type") == "FSDP":
@@ -54,7 +54,12 @@ def refuse_bad_config(file: str | Path, num_processes: int | None = None, gpus: 
     return content
 
 
-def _read(file: Path) -> dict:
+def read_config(file: Path) -> dict:
+    """What a config file says.
+
+    Raises:
+        BadConfig: there is none, or it is no config file.
+    """
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.yaml")], n=1)
         hint = f"Did you mean {file.parent / near[0]}?" if near else "Take one of configs/accelerate/."

@@ -15,6 +15,8 @@ from nbutils.planning.model_needs import MODELS, gpu_gib
 
 RECIPE = Path("configs/accelerate/config_fsdp.yaml")
 RECIPE_FSDP2 = Path("configs/accelerate/config_fsdp2.yaml")
+# Of a card that a plan may fill: the plan is off by up to 2 %, and PyTorch reserves more than it uses.
+FILLED = 0.95
 
 
 def flat_keys(file: str | Path) -> dict[str, object]:
@@ -129,7 +131,7 @@ def variant(file: str | Path, folder: str | Path, **changes: object) -> Path:
 
 
 def for_machine(gpus: int, vram_gib: float, model: str = "llama31_70b") -> ClusterConfig:
-    """A config for this many GPUs of this size: the recipe's, with offload only if the shards do not fit.
+    """A config for this many GPUs of this size: the recipe's, with offload only if the shards do not fit with room.
 
     Args:
         gpus: number of GPUs in this machine; one process each.
@@ -147,15 +149,15 @@ def for_machine(gpus: int, vram_gib: float, model: str = "llama31_70b") -> Clust
             f"Found {gpus} GPU, wanted at least 2: FSDP shards over several. One GPU needs no FSDP: plain QLoRA with "
             "PEFT's own prep runs there, and the rehearsal configs run this course without any."
         )
-    sizes = MODELS[model]
-    if gpu_gib(sizes, gpus, offload=True) > vram_gib:
+    sizes, usable = MODELS[model], FILLED * vram_gib
+    if gpu_gib(sizes, gpus, offload=True) > usable:
         raise ValueError(
             f"{model} needs about {gpu_gib(sizes, gpus, offload=True):.1f} GiB a GPU even with offload, found "
-            f"{vram_gib:.1f} GiB. Take a smaller model or GPUs with more memory."
+            f"{vram_gib:.1f} GiB, of which {usable:.1f} are counted on. Take a smaller model or GPUs with more memory."
         )
     config = load_config_from_file(str(RECIPE))
     config.num_processes = gpus
-    config.fsdp_config["fsdp_offload_params"] = gpu_gib(sizes, gpus, offload=False) > vram_gib
+    config.fsdp_config["fsdp_offload_params"] = gpu_gib(sizes, gpus, offload=False) > usable
     return config
 
 

@@ -1,7 +1,8 @@
 """Run a training script unchanged, under a memory cap if you like, and write down what each rank used.
 
 Run as: accelerate launch --config_file CONFIG -m nbutils.launching.measured_run SCRIPT.py ...
-with NBUTILS_MEASURE_DIR=folder and, for a cap, NBUTILS_CAP_GIB=22.5 in the environment.
+with NBUTILS_MEASURE_DIR=folder and, for a cap, NBUTILS_CAP_GIB=22.5 in the environment; with NBUTILS_LINK_GBS the links
+are made slow (`nbutils.launching.slow_links`).
 
 The script knows nothing of this: the phases are seen from outside, by standing around `load_nf4`, `Trainer.train`
 and the Trainer's own callbacks. The cap is `torch.cuda.set_per_process_memory_fraction`. It limits PyTorch's allocator;
@@ -89,12 +90,24 @@ def set_cap(gib: float, device: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
 
 
-def watch(phases: Phases, at_end: Callable[[], None]) -> None:
+def slow_links():
+    """Slow the links down if the environment asks for it: NBUTILS_LINK_GBS=0,25,12 and NBUTILS_LINK_STEPS=4."""
+    if not (speeds := os.environ.get("NBUTILS_LINK_GBS")):
+        return None
+    from nbutils.launching.slow_links import SlowLinks
+
+    links = SlowLinks([float(speed) for speed in speeds.split(",")], int(os.environ["NBUTILS_LINK_STEPS"]))
+    links.stand_in_the_way()
+    return links
+
+
+def watch(phases: Phases, at_end: Callable[[], None], links=None) -> None:
     """Stand around the loading and the training of a script that has not been imported yet.
 
     Args:
         phases: where to write.
         at_end: called when training ends; what an evaluation needs after that is not the training's.
+        links: that are made slow, or None; each step's line tells the bytes that came in over them so far.
     """
     from transformers import Trainer, TrainerCallback
 
@@ -105,7 +118,10 @@ def watch(phases: Phases, at_end: Callable[[], None]) -> None:
             phases.mark("wrapped")
 
         def on_step_end(self, args, state, control, **kwargs):
-            phases.mark("step", step=state.global_step, graphs=compiled_graphs())
+            more = {"incoming": links.incoming.bytes, "link_gbs": links.incoming.gbs} if links else {}
+            phases.mark("step", step=state.global_step, graphs=compiled_graphs(), **more)
+            if links:
+                links.at_step(state.global_step)
 
         def on_train_end(self, args, state, control, **kwargs):
             phases.mark("trained")
@@ -155,7 +171,7 @@ def main() -> None:
 
     if peak_trace:
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=400_000)
-    watch(phases, write_trace)
+    watch(phases, write_trace, slow_links())
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     try:

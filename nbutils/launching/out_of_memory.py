@@ -8,7 +8,7 @@ import yaml
 from nbutils.common.nvidia_smi import find_gpus
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.memory_plan import OUTSIDE, plan, what_to_change
-from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import shape_of
 
 
@@ -27,7 +27,7 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
     try:
         shape, setup = shape_of(told["model"]), Setup.read(config, num_processes)
         batch, length = int(told["per_device_train_batch_size"]), int(told["max_length"])
-        lora_r = int(told.get("lora_r", 16))
+        lora_r = int(told.get("lora_r", LORA_RANK))
         # On the command line everything is text: "false" is not false yet.
         typed = {name: yaml.safe_load(value) for name, value in told.items() if isinstance(value, str)}
         choices = Choices.read(told | typed)

@@ -1,7 +1,10 @@
 """Random NF4 weights of the real shapes: a dry run needs no download."""
 
+import contextlib
+import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,16 +24,27 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
     Returns:
         The folder of the checkpoint: config, tokenizer (of 1,024 tokens, all within the vocabulary) and shards.
     """
-    target = Path(folder or RUNS / "cache") / f"random-{shape.name}-{shape.layers}"
+    target = Path(folder or RUNS / "cache") / folder_name(shape)
     if not (target / "complete.json").exists():
-        shutil.rmtree(target, ignore_errors=True)
+        making = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        shutil.rmtree(making, ignore_errors=True)
         # In a process of its own: its CUDA context must not stay on the GPU that is measured.
-        maker = multiprocessing.get_context("spawn").Process(target=_make_weights, args=(shape, target))
+        maker = multiprocessing.get_context("spawn").Process(target=_make_weights, args=(shape, making))
         maker.start()
         maker.join()
         if maker.exitcode:
-            raise ChildProcessError(f"Making random weights in {target} failed; its message stands above.")
+            raise ChildProcessError(f"Making random weights in {making} failed; its message stands above.")
+        with contextlib.suppress(OSError):  # another dry run was faster
+            making.rename(target)
+        shutil.rmtree(making, ignore_errors=True)
     return target
+
+
+def folder_name(shape: Shape) -> str:
+    """By the model's name, for a reader, and by all that decides about its weights: two models may share a name."""
+    content = {name: value for name, value in vars(shape).items() if name != "name"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"random-{shape.name}-{shape.layers}-{digest[:8]}"
 
 
 def _make_weights(shape: Shape, target: Path) -> None:

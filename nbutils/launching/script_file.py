@@ -50,5 +50,17 @@ def write_script(folder: str | Path, notebook: Path = NOTEBOOK) -> Path:
     """
     path = Path(folder) / SCRIPT
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script_text(notebook))
+    path.write_text(script_text(notebook), encoding="utf-8")
     return path
+
+
+def is_recipe(script: str | Path) -> bool:
+    """Is it the course's script, as written or edited? By the check before loading, which it calls.
+
+    A script that puts the checks out of action, as a benchmark does, is another one.
+    """
+    path = Path(script)
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return "refuse_before_loading(" in text and "refuse_surprises =" not in text

@@ -1,15 +1,10 @@
 """Answer `accelerate config` through a terminal, as a person would."""
 
-import contextlib
-import os
-import pty
 import re
-import select
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+
+import pexpect
 
 # (part of the question, what to answer, the key it sets). A number is a row of a menu, counted from 0; "" is Enter.
 ANSWERS: list[tuple[str, int | str, str]] = [
@@ -57,7 +52,7 @@ def answer(
     Args:
         file: the YAML file that the questionnaire shall write.
         answers: (part of the question, answer, key) in the order in which they are asked.
-        timeout: seconds for the whole questionnaire.
+        timeout: seconds to wait for each question.
 
     Returns:
         The questions that were asked, word for word.
@@ -65,90 +60,43 @@ def answer(
     Raises:
         RuntimeError: another question came than the one expected, or the questionnaire failed.
     """
-    terminal, other_end = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "config",
-        "--config_file",
-        str(file),
-    ]
-    process = subprocess.Popen(
-        command, stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True, close_fds=True
-    )
-    os.close(other_end)
-    screen = _Screen(terminal, time.monotonic() + timeout)
-    asked = []
+    command = ["-m", "accelerate.commands.accelerate_cli", "config", "--config_file", str(file)]
+    terminal = pexpect.spawn(sys.executable, command, timeout=timeout, encoding="utf-8", dimensions=(50, 300))
+    terminal.delaybeforesend = 0.1  # a menu empties its input while it draws
+    asked, wanted = [], ""
     try:
-        for question, reply, _ in answers:
-            line = screen.wait_for(question)
+        for wanted, reply, _ in answers:
+            # Behind its default, as in "[yes/NO]:", a question waits in its line; above a menu the line ends.
+            terminal.expect(re.escape(wanted) + r"[^\r\n]*?(?:\]:|\r|\n)")
+            asked.append(_without_codes(terminal.after).strip())
             if isinstance(reply, int):
-                screen.wait_for(MENU_WAITS)
-                screen.press(str(reply), again_until=None)
-                screen.press("\r", again_until=MENU_DONE)
+                _choose(terminal, reply)
             else:
-                screen.press(reply + "\r", again_until=None)
-            asked.append(line)
-        screen.wait_for("accelerate configuration saved at")
-        process.wait(timeout=30)
+                terminal.send(reply + "\r")
+        wanted = "accelerate configuration saved at"
+        terminal.expect_exact(wanted)
+        terminal.expect(pexpect.EOF)
+    except (pexpect.TIMEOUT, pexpect.EOF):
+        shown = _without_codes(terminal.before or "")[-600:]
+        raise RuntimeError(
+            f"`accelerate config` was expected to show {wanted!r} and did not. The end of its screen:\n{shown}\n"
+            "Today's accelerate asks other questions: fix nbutils/lessons/accelerate_questionnaire.py."
+        ) from None
     finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        os.close(terminal)
+        terminal.close(force=True)
     return asked
 
 
-class _Screen:
-    """What the terminal has shown so far, and how far it has been read."""
-
-    def __init__(self, terminal: int, deadline: float):
-        self.terminal, self.deadline = terminal, deadline
-        self.text, self.read_to = "", 0
-
-    def wait_for(self, what: str) -> str:
-        """Read until `what` is on the screen; return the line it stands in."""
-        while what not in self.text[self.read_to :]:
-            if not self._more(self.deadline - time.monotonic()):
-                shown = _plain(self.text)[-600:]
-                raise RuntimeError(
-                    f"`accelerate config` was expected to show {what!r} and did not. The end of its screen:\n{shown}\n"
-                    "Today's accelerate asks other questions: fix nbutils/lessons/accelerate_questionnaire.py."
-                )
-        at = self.text.index(what, self.read_to)
-        self.read_to = at + len(what)
-        time.sleep(0.05)
-        self._more(0.05)
-        return _plain(self.text[at:]).strip().partition("\n")[0].strip()
-
-    def press(self, keys: str, again_until: str | None) -> None:
-        """Type keys. A menu empties its input while it draws, so a key may have to be pressed again."""
-        os.write(self.terminal, keys.encode())
-        if again_until is None:
-            time.sleep(0.1)
+def _choose(terminal: pexpect.spawn, row: int) -> None:
+    """Choose a row of a menu. A key that comes while it draws is lost, so Enter is pressed until it is taken."""
+    terminal.expect_exact(MENU_WAITS)
+    terminal.send(str(row))
+    for _ in range(30):
+        terminal.send("\r")
+        if terminal.expect_exact([MENU_DONE, pexpect.TIMEOUT], timeout=1) == 0:
             return
-        while again_until not in self.text[self.read_to :]:
-            if not self._more(1.0):
-                os.write(self.terminal, keys.encode())
-            if time.monotonic() > self.deadline:
-                raise RuntimeError(
-                    f"A menu of `accelerate config` did not take its answer:\n{_plain(self.text)[-600:]}"
-                )
-        self.read_to = self.text.index(again_until, self.read_to) + len(again_until)
-
-    def _more(self, seconds: float) -> bool:
-        ready, _, _ = select.select([self.terminal], [], [], max(0.0, seconds))
-        if not ready:
-            return False
-        try:
-            piece = os.read(self.terminal, 65536)
-        except OSError:  # the other end has closed
-            return False
-        self.text += piece.decode(errors="replace")
-        return bool(piece)
+    raise pexpect.TIMEOUT("the menu took no answer")
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+def _without_codes(text: str) -> str:
+    return re.sub(r"[\r\n]+", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))

@@ -36,7 +36,7 @@ LESSONS = [
         "00_start_here",
         "Can this machine do it, and what will it take?",
         1,
-        10,
+        15,
         10,
         "Linux, Python 3.11 to 3.13",
     ),
@@ -69,5 +69,5 @@ LESSONS = [
         15,
         "GPUs for its dry run; recorded otherwise",
     ),
-    Lesson("07_when_it_breaks", "I see this message.", 1, 20, 10, "nothing more"),
+    Lesson("07_when_it_breaks", "I see this message.", 1, 20, 15, "nothing more"),
 ]

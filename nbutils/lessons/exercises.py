@@ -1,79 +1,30 @@
-"""Checkers for "Check yourself": they print yours beside expected."""
+"""The checker of "Check yourself": it says OK, or why an answer is not right, and never what was expected."""
 
-import math
-from collections.abc import Mapping, Sequence
-
-import torch
+from nbutils.lessons.answers import ANSWERS
+from nbutils.lessons.judging import READ_AGAIN, same, shown
 
 
-def check(label: str, yours, expected) -> None:
-    """Compare an answer with the expected one, and print both.
-
-    Numbers may differ by half a percent, so that two decimals are enough. Texts are compared without regard to case and
-    surrounding blanks, sequences without regard to their type, sets without regard to order.
+def check(what: str, yours, expected=...) -> None:
+    """Judge an answer, and print it with OK or "not yet".
 
     Args:
-        label: what was asked, a few words.
+        what: the number of an exercise in `nbutils.lessons.answers`, as "03.2"; or, with `expected`, what was asked, in
+            a few words.
         yours: the reader's answer; `...` means that there is none yet.
-        expected: the right answer.
+        expected: the right answer, where the notebook has just worked it out.
 
     Raises:
-        AssertionError: the answer is missing or is not the expected one.
+        AssertionError: the answer is missing or wrong; the message says why.
+        KeyError: there is no exercise of this number.
     """
-    if yours is ...:
+    if yours is ... or (isinstance(yours, tuple | list) and any(part is ... for part in yours)):
         raise AssertionError(
-            f"{label}: not answered yet. Put your answer where the `...` stands, and run the cell again."
+            f"{what}: not answered yet. Put your answer where the `...` stands, and run the cell again."
         )
-    right = _same(yours, expected)
-    width = max(len(_show(yours)), len(_show(expected)), len("expected"))
-    print(f"{'':{len(label)}}  {'yours':>{width}}  {'expected':>{width}}")
-    print(f"{label}  {_show(yours):>{width}}  {_show(expected):>{width}}  {'OK' if right else 'not yet'}")
-    if not right:
-        raise AssertionError(
-            f"{label}: found {_show(yours)}, expected {_show(expected)}. Read the section again."
-        )
-
-
-def _same(yours, expected) -> bool:
-    if isinstance(expected, bool) or isinstance(yours, bool):
-        return yours is expected or (isinstance(yours, bool) and bool(expected) == yours)
-    if isinstance(expected, torch.Tensor):
-        return (
-            isinstance(yours, torch.Tensor)
-            and yours.shape == expected.shape
-            and torch.allclose(yours, expected)
-        )
-    if isinstance(expected, int | float):
-        return isinstance(yours, int | float) and math.isclose(yours, expected, rel_tol=5e-3)
-    if isinstance(expected, str):
-        return isinstance(yours, str) and yours.strip().casefold() == expected.strip().casefold()
-    if isinstance(expected, set | frozenset):
-        return (
-            isinstance(yours, Sequence | set | frozenset)
-            and not isinstance(yours, str)
-            and set(yours) == set(expected)
-        )
-    if isinstance(expected, Mapping):
-        return (
-            isinstance(yours, Mapping)
-            and yours.keys() == expected.keys()
-            and all(_same(yours[key], expected[key]) for key in expected)
-        )
-    if isinstance(expected, Sequence):
-        return (
-            isinstance(yours, Sequence)
-            and not isinstance(yours, str)
-            and len(yours) == len(expected)
-            and all(_same(a, b) for a, b in zip(yours, expected))
-        )
-    return yours == expected
-
-
-def _show(value) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, set | frozenset):
-        return "{" + ", ".join(sorted(map(str, value))) + "}"
-    return str(value)
+    if expected is ...:
+        why = ANSWERS[what](yours)
+    else:
+        why = "" if same(yours, expected) else READ_AGAIN
+    print(f"{what}: yours is {shown(yours)}  {'not yet' if why else 'OK'}")
+    if why:
+        raise AssertionError(f"{what}: {shown(yours)} is not right. {why}")

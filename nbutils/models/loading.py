@@ -24,7 +24,8 @@ from nbutils.common.paths import ROOT, RUNS
 from nbutils.data.templates import ready_for_chat
 from nbutils.models.hub import local_folder, read_config
 from nbutils.models.nf4 import nf4_config, progress, quantise_tensor, write_nf4
-from nbutils.models.safetensors_reader import BadCheckpoint, Checkpoint, refuse_other_quantisations
+from nbutils.models.quantised_checkpoint import refuse_mixed, refuse_other_quantisations
+from nbutils.models.safetensors_reader import BadCheckpoint, Checkpoint
 
 # Up to this size (8B in bf16 has 16 GB) each rank quantises for itself; above, one rank writes the NF4 checkpoint and
 # all of them map it, so that a machine holds one copy however many ranks it has.
@@ -57,6 +58,7 @@ def load_nf4(model_id: str) -> PreTrainedModel:
         folder = _quantised_copy(checkpoint)
         config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
     refuse_other_quantisations(config.quantization_config, folder)
+    refuse_mixed(checkpoint)
     return _load_quantised(checkpoint, config)
 
 

@@ -32,7 +32,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files = _file_of_each_tensor(self.folder)
+        self.files = file_of_each_tensor(self.folder)
         self._open: tuple[str, safe_open] | None = None  # one file at a time: what is done can be unmapped
         self._parts: dict[str, list[str]] = {}
         for name in self.files:
@@ -104,40 +104,31 @@ class Checkpoint:
         return self._open[1]
 
 
-def _file_of_each_tensor(folder: Path) -> dict[str, str]:
+def file_of_each_tensor(folder: Path) -> dict[str, str]:
+    """The names of a checkpoint's tensors, each with the name of its file in the folder.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        BadCheckpoint: there is no safetensors file, or its index or its header cannot be read.
+    """
     if (folder / INDEX).exists():
-        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        try:
+            files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): str(file) for name, file in files.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BadCheckpoint(f"{folder / INDEX} is no index of safetensors. Download it again.") from None
     if (folder / SINGLE).exists():
         try:
             with safe_open(folder / SINGLE, framework="pt", device="cpu") as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         except SafetensorError as problem:
             raise BadCheckpoint(
-                f"{SINGLE} in {folder} is cut short or damaged ({problem}). Download it again."
+                f"{folder / SINGLE} is cut short or damaged ({problem}). Download it again."
             ) from None
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     raise BadCheckpoint(
         f"{folder} holds neither {SINGLE} nor {INDEX}, but {', '.join(found) or 'nothing'}. "
         "Wanted: a checkpoint in safetensors, as the hub keeps them."
     )
-
-
-def refuse_other_quantisations(found, folder: Path) -> None:
-    """Refuse a checkpoint that is quantised, and not as NF4 of bitsandbytes; the storage dtype may be any.
-
-    Args:
-        found: `quantization_config` of the model's config.
-        folder: of the checkpoint.
-
-    Raises:
-        BadCheckpoint: with how it is quantised.
-    """
-    settings = found if isinstance(found, dict) else found.to_dict()
-    kind = (
-        settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
-    )
-    if kind != "nf4":
-        raise BadCheckpoint(
-            f"{folder} is quantised as {kind}; wanted NF4 of bitsandbytes. Take the model's bf16 checkpoint, and "
-            "quantise it once: python -m nbutils quantise MODEL OUT"
-        )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from nbutils.common.refused import Refused
 from nbutils.models.hub import local_folder
-from nbutils.models.safetensors_reader import Checkpoint, refuse_other_quantisations
+from nbutils.models.quantised_checkpoint import refuse_mixed, refuse_other_quantisations
+from nbutils.models.safetensors_reader import Checkpoint
 
 # The prep, the memory plan and the units were made for it and tested with it.
 SUPPORTED = ("llama",)
@@ -42,5 +43,7 @@ def look_at_model(model: str) -> tuple[Path, dict]:
     if config.get("quantization_config"):
         refuse_other_quantisations(config["quantization_config"], folder)
     if Path(model).is_dir():
-        Checkpoint(folder)  # the hub's weights are looked at when they have come
+        weights = Checkpoint(folder)  # the hub's weights are looked at when they have come
+        if config.get("quantization_config"):
+            refuse_mixed(weights)
     return folder, config

@@ -28,7 +28,3 @@ def gather_as_bytes() -> None:
 
     metadatas.as_bytes = True
     _fsdp_collectives._get_all_gather_input_metadatas = metadatas
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)

@@ -1,1 +1,1 @@
-"""Arithmetic only: shapes, memory, time; and the doctor, who compares it with this machine."""
+"""Arithmetic: shapes, memory, time; and the doctor and the links, which measure what it is compared with."""

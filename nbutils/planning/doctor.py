@@ -12,14 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbutils.common import host_memory
+from nbutils.common.command import also_as
 from nbutils.common.nvidia_smi import find_gpus, how_linked
-from nbutils.common.versions import installed_versions, locked_versions
+from nbutils.common.versions import (
+    RECORDED_ON_GPUS,
+    UNTESTED,
+    allowed_versions,
+    goes_on_untested,
+    installed_versions,
+    is_outside,
+    locked_versions,
+)
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.model_needs import MODELS, Model, gpu_gib, host_gib
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
-RECORDED_ON_GPUS = {"torch": "2.11.0"}  # benchmarks/results; the lock's version was run on CPUs only
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
 
 
@@ -71,12 +79,19 @@ def check_python(found: tuple[int, int]) -> Check:
 def check_packages(
     locked: dict[str, str], found: dict[str, str | None], on_gpus: bool = False
 ) -> list[Check]:
-    """The stack beside the lock, on GPUs beside the records too: a missing package fails, another version warns."""
-    checks = []
+    """The stack beside the lock, on GPUs beside the records too; a version weighs here what it weighs in the script.
+
+    A missing package fails. One outside its range fails, or warns if `NBUTILS_UNTESTED` says to go on; any other
+    version than the tested one warns.
+    """
+    checks, allowed = [], allowed_versions()
     for name, installed in found.items():
         wanted, recorded = locked.get(name, ""), RECORDED_ON_GPUS.get(name) if on_gpus else None
         if installed is None:
             checks.append(Check(name, "not installed", FAIL, f"pip install {name}=={wanted}"))
+        elif is_outside(name, installed, allowed):
+            works = f"This code works with {name}{allowed[name]} only: pip install {name}=={wanted}, or {UNTESTED}=1"
+            checks.append(Check(name, installed, WARN if goes_on_untested() else FAIL, works))
         elif recorded:
             checks.append(_check_on_gpus(name, installed, wanted, recorded))
         elif installed != wanted:
@@ -105,7 +120,7 @@ def check_gpus(model: Model, gpus: list[dict]) -> list[Check]:
         if model.gpu_needed:
             fix = f"{model.name} needs NVIDIA GPUs. Without them, run the course with the tiny model: make tutorial"
             return [Check("GPUs", "none", FAIL, fix)]
-        fix = "None is needed for the tiny model: the same script is rehearsed on two CPU processes."
+        fix = f"None is needed for the {model.name} model: the same script is rehearsed on two CPU processes."
         return [Check("GPUs", "none", WARN, fix)]
     sizes = [gpu["gib"] for gpu in gpus]
     smallest = None if None in sizes else min(sizes)
@@ -185,9 +200,11 @@ def hub_cache() -> Path:
 
 
 def check_disk(model: Model, folder: Path) -> Check:
-    """Room for the download (two bytes a parameter), the quantised copy of a large model, and 2 GiB for runs."""
-    free, wanted = shutil.disk_usage(folder).free / GIB, model.disk_gib + 2
+    """Room for what `Model.disk_gib` counts; a merge of a large model is counted, and not asked for."""
+    free, wanted = shutil.disk_usage(folder).free / GIB, model.disk_gib()
     found = f"{free:.0f} GiB free; model and runs need {wanted:.0f}"
+    if model.mapped:
+        found += f", and {model.disk_gib(merge=True):.0f} to merge as well"
     if free >= wanted:
         return Check("disk", found)
     return Check("disk", found, FAIL, "Free some space, or set HF_HOME to a folder on a larger disk.")
@@ -239,16 +256,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table.
 
     Args:
-        arguments: `--model NAME` and `--processes N`; none means the tiny model.
+        arguments: `--model NAME` and `--num-processes N`; none means the tiny model.
 
     Returns:
         1 if a check failed, 0 otherwise.
     """
     parser = argparse.ArgumentParser(prog="python -m nbutils doctor", description="Can this machine do it?")
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
-    parser.add_argument("--processes", type=int, help="ranks that will run; the number of GPUs if not given")
+    parser.add_argument("--num-processes", type=int, help="ranks; left out: the number of GPUs")
+    also_as(parser, "--num-processes", "--processes", int)
     options = parser.parse_args(arguments or [])
-    checks = examine(options.model, options.processes)
+    checks = examine(options.model, options.num_processes)
     print(as_text(checks))
     return int(any(check.verdict == FAIL for check in checks))
 

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nbutils.planning.memory_items import GIB, items_of
-from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.memory_items import GIB
+from nbutils.planning.memory_moments import items_of
+from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import Shape
-
-# Lessons take whatever they plan with from here.
 
 OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on H200s: 1.3 to 2.3
 # What a card of a nominal size shows to programs, in GiB, as nvidia-smi tells its total.
@@ -46,7 +45,7 @@ def plan(
     setup: Setup,
     batch: int,
     length: int,
-    lora_r: int = 16,
+    lora_r: int = LORA_RANK,
     spare_host: bool = True,
     choices: Choices = Choices(),
 ) -> Plan:

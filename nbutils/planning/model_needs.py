@@ -2,86 +2,92 @@
 
 from dataclasses import dataclass
 
-from nbutils.planning.memory_items import GIB, LIBRARIES_CPU
+from nbutils.planning.memory_items import BF16, GIB, LIBRARIES_CPU, packed_bytes, quantisation_state_bytes
 from nbutils.planning.memory_plan import OUTSIDE, plan
 from nbutils.planning.run_setup import Setup
-from nbutils.planning.shapes import SHAPES
+from nbutils.planning.shapes import SHAPES, Shape
 
-IN_MEMORY_GB = (
-    20  # a bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.models.loading
-)
+# A bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.models.loading.
+IN_MEMORY_GB = 20
+RUNS_GIB = 2  # logs, adapters and a few checkpoints
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a Llama that decide about memory.
+    """The sizes of a Llama that decide what machine it needs.
 
     Args:
-        linear: parameters in the decoder layers' linear layers: these become 4-bit.
-        kept: parameters in embedding and head, which stay in bf16 (norms are too small to count).
-        layers: decoder layers; each is one FSDP unit.
-        gpu_needed: False for the tiny model, which is rehearsed on CPUs.
+        shape: of the model.
+        gpu_needed: False for the small models, which are rehearsed on CPUs.
     """
 
-    name: str
-    linear: int
-    kept: int
-    layers: int
+    shape: Shape
     gpu_needed: bool = True
 
     @property
+    def name(self) -> str:
+        """As in `SHAPES`."""
+        return self.shape.name
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers; each is one FSDP unit."""
+        return self.shape.layers
+
+    @property
+    def linear(self) -> int:
+        """Parameters in the decoder layers' linear layers: these become 4-bit."""
+        return self.shape.layers * self.shape.linear_parameters
+
+    @property
+    def kept(self) -> int:
+        """Parameters in embedding and head, which stay in bf16; norms are too small to count."""
+        return self.shape.embedding_parameters
+
+    @property
     def nf4_gib(self) -> float:
-        """Packed 4-bit weights: half a byte each."""
-        return self.linear / 2 / GIB
+        """Packed 4-bit weights."""
+        return packed_bytes(self.linear) / GIB
 
     @property
     def kept_gib(self) -> float:
-        """Embedding and head: two bytes each."""
-        return self.kept * 2 / GIB
+        """Embedding and head."""
+        return BF16 * self.kept / GIB
 
     @property
-    def tables_gib(self) -> float:
-        """The quantisation state: one byte for 64 weights, four more for 256 of those (QLoRA paper, section 3).
-
-        It is no parameter, so FSDP does not shard it: every rank holds all of it.
-        """
-        return self.linear * (1 / 64 + 4 / (64 * 256)) / GIB
+    def quantisation_state_gib(self) -> float:
+        """The scales. They are no parameters, so FSDP does not shard them: every rank holds all of them."""
+        return quantisation_state_bytes(self.linear) / GIB
 
     @property
     def copy_gib(self) -> float:
         """One whole quantised copy."""
-        return self.nf4_gib + self.kept_gib + self.tables_gib
+        return self.nf4_gib + self.kept_gib + self.quantisation_state_gib
 
     @property
     def download_gib(self) -> float:
         """The checkpoint on the hub: two bytes for every parameter."""
-        return (self.linear + self.kept) * 2 / GIB
+        return BF16 * (self.linear + self.kept) / GIB
 
     @property
     def mapped(self) -> bool:
         """Whether the quantised copy is written to disk once, and mapped from there by all ranks."""
         return self.download_gib * GIB > IN_MEMORY_GB * 1e9
 
-    @property
-    def disk_gib(self) -> float:
-        """The download, and the quantised copy if it is written."""
-        return self.download_gib + (self.copy_gib if self.mapped else 0)
+    def disk_gib(self, merge: bool = False) -> float:
+        """Disk for the download, for the quantised copy if one is written, and for what runs leave behind.
+
+        Args:
+            merge: the adapter is to be merged too, which writes the model a second time in bf16.
+        """
+        copies = self.copy_gib if self.mapped else 0
+        return self.download_gib * (2 if merge else 1) + copies + RUNS_GIB
 
 
-def _llama(
-    hidden: int, inner: int, layers: int, kv: int, vocabulary: int, tied: bool
-) -> tuple[int, int, int]:
-    layer = (
-        2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
-    )  # q and o, k and v, gate and up and down
-    return layer * layers, vocabulary * hidden * (1 if tied else 2), layers
-
-
+# The shapes that somebody with one machine may want to train; the others are there for the plan alone.
 MODELS = {
-    "tiny": Model("tiny", *_llama(256, 640, 4, 128, 1024, False), gpu_needed=False),
-    "llama32_1b": Model("llama32_1b", *_llama(2048, 8192, 16, 512, 128_256, True)),
-    "llama31_8b": Model("llama31_8b", *_llama(4096, 14_336, 32, 1024, 128_256, False)),
-    "llama31_70b": Model("llama31_70b", *_llama(8192, 28_672, 80, 1024, 128_256, False)),
+    name: Model(SHAPES[name], gpu_needed=name not in ("tiny", "smollm2"))
+    for name in ("tiny", "smollm2", "llama32_1b", "llama31_8b", "llama31_70b")
 }
 
 
@@ -97,7 +103,7 @@ def gpu_gib(model: Model, gpus: int, offload: bool) -> float:
         GiB: the plan's highest moment, and what CUDA and NCCL take beside it.
     """
     setup = Setup(world_size=gpus, fsdp_version=1, offload=offload)
-    return (plan(SHAPES[model.name], setup, batch=1, length=1024).gpu_peak_bytes + OUTSIDE) / GIB
+    return (plan(model.shape, setup, batch=1, length=1024).gpu_peak_bytes + OUTSIDE) / GIB
 
 
 def host_gib(model: Model, ranks: int) -> tuple[float, float]:
@@ -108,7 +114,7 @@ def host_gib(model: Model, ranks: int) -> tuple[float, float]:
         A mapped one costs nothing but time if its pages do not stay in memory; comfortable is with all of them.
     """
     setup = Setup(world_size=ranks, fsdp_version=1, offload=True)
-    host = plan(SHAPES[model.name], setup, batch=1, length=1024).host
+    host = plan(model.shape, setup, batch=1, length=1024).host
     if not model.gpu_needed:
         host["Python and libraries"] = LIBRARIES_CPU
     held = ranks * sum(host.values()) / GIB

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from nbutils.planning.memory_items import BF16, nf4_bytes
-from nbutils.planning.run_setup import Setup
+from nbutils.planning.memory_items import BF16, packed_bytes
+from nbutils.planning.run_setup import LORA_RANK, Setup
 from nbutils.planning.shapes import Shape
 
 # What a link between machines carries at best, in bytes a second and direction.
@@ -32,7 +32,7 @@ def inside_a_machine(setup: Setup, machines: int) -> Setup:
 
 
 def bytes_between_machines(
-    shape: Shape, setup: Setup, machines: int, lora_r: int = 16, hybrid: bool = False
+    shape: Shape, setup: Setup, machines: int, lora_r: int = LORA_RANK, hybrid: bool = False
 ) -> int:
     """What each machine sends to another in one step of FSDP 1 with one forward and one backward pass.
 
@@ -58,9 +58,11 @@ def bytes_between_machines(
     if hybrid:
         return 2 * adapter * (machines - 1) // machines
     layers = (
-        nf4_bytes(shape.layers * shape.linear_parameters) + BF16 * 2 * shape.hidden * shape.layers + adapter
+        packed_bytes(shape.layers * shape.linear_parameters)
+        + BF16 * 2 * shape.hidden * shape.layers
+        + adapter
     )
-    root = BF16 * ((1 if shape.tied else 2) * shape.vocab * shape.hidden + shape.hidden)
+    root = BF16 * (shape.embedding_parameters + shape.hidden)
     gathered = 2 * layers + (2 if setup.offload else 1) * root
     return (gathered + adapter) * (setup.world_size - 1) // setup.world_size
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import yaml
 
+from nbutils.common import launched
 from nbutils.planning.hybrid_shard import is_hybrid
+
+LORA_RANK = 16  # of the adapter, where nothing else is said; tests/whole/test_house.py names each place that must agree
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,21 @@ class Setup:
             else strategy in ("FULL_SHARD", "HYBRID_SHARD"),
         )
 
+    @classmethod
+    def of_launch(cls, world_size: int) -> "Setup":
+        """The launch that this process is a rank of, as `accelerate launch` has told it.
+
+        Args:
+            world_size: ranks of all machines. Under HYBRID_SHARD those of this machine share the model.
+        """
+        hybrid = is_hybrid(launched.sharding_strategy())
+        return cls(
+            world_size=launched.ranks_here() if hybrid else world_size,
+            fsdp_version=launched.fsdp_version(),
+            offload=launched.offloads_parameters(),
+            reshard=launched.reshards_after_forward(),
+        )
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -72,7 +90,17 @@ class Choices:
         return cls(
             embeddings_on_host=settings.get("embeddings_on_host", False),
             compile_layers=settings.get("compile_layers", False),
-            checkpointing=settings.get("activation_checkpointing", True),
+            checkpointing=bool(settings.get("activation_checkpointing", True)),
             every_n_layers=how.get("every_n_layers", 1),
             offload_activations=how.get("offload", False),
         )
+
+    @classmethod
+    def of_script(cls, recipe, training) -> "Choices":
+        """The settings as the script has parsed them.
+
+        Args:
+            recipe: the script's `RecipeArguments`.
+            training: the script's `TrainingArguments`.
+        """
+        return cls.read(vars(recipe) | vars(training))

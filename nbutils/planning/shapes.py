@@ -1,4 +1,4 @@
-"""What decides about memory: the model's shape, the accelerate config, and the settings of the script."""
+"""The shape of a model, as far as it decides about memory: built in, or read from its config.json."""
 
 import json
 from dataclasses import dataclass
@@ -39,11 +39,15 @@ class Shape:
         return sum(out * into for out, into in self.linears.values())
 
     @property
+    def embedding_parameters(self) -> int:
+        """Weights of embedding and output head; tied, they are one."""
+        return (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
     def parameters(self) -> int:
         """Weights of the whole model."""
-        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
         norms = (2 * self.layers + 1) * self.hidden
-        return self.layers * self.linear_parameters + embeddings + norms
+        return self.layers * self.linear_parameters + self.embedding_parameters + norms
 
     def adapter_parameters(self, rank: int) -> int:
         """Weights of a LoRA adapter on all linear layers: `A` is `(rank, in)`, `B` is `(out, rank)`."""
@@ -54,6 +58,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", 4, 256, 640, 8, 4, 32, 1024),
+        Shape("smollm2", 30, 576, 1536, 9, 3, 64, 49152, tied=True),
         Shape("llama32_1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
         Shape("llama31_8b", 32, 4096, 14336, 32, 8, 128, 128256),
         Shape("llama31_70b", 80, 8192, 28672, 64, 8, 128, 128256),

@@ -1,35 +1,44 @@
 """Run the notebooks in order with papermill, and say at the end what came out."""
 
 import json
-import sys
+import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
-import yaml
+import psutil
 
 from nbutils.common.paths import RUNS, go_to_root, new_run_dir, point_latest_to
-from nbutils.common.progress_file import read_progress
-from nbutils.common.provenance import PACKAGES, commit, versions
-from nbutils.launching.launch import progress_line
+from nbutils.launching.launch import HAVE_SAVED
+from nbutils.models.made_here import NAMES
 from nbutils.publishing import parameters
+from nbutils.publishing.cell_progress import CellProgress
+from nbutils.publishing.run_summary import (
+    TRAINING_NOTEBOOK,
+    readable,
+    record_provenance,
+    summarise,
+    what_is_missing,
+)
 
 NOTEBOOKS = Path("notebooks")
-TRAINING_NOTEBOOK = "04_write_and_launch"
 CELL_TIMEOUT = 3600  # seconds, if a launch may not take longer; papermill has no limit of its own
 AROUND_A_LAUNCH = 600  # seconds that a cell may take in addition to the launch in it
-ALL_PACKAGES = (*PACKAGES, "papermill", "nbclient", "jupyterlab", "matplotlib")
-TRAINING = [
-    *("distributed_type", "fsdp_version", "world_size", "quant_type", "quant_storage", "nf4_bytes_per_rank"),
-    *("nf4_bytes_total", "loss_first", "loss_last", "held_out_loss_before", "held_out_loss_after"),
-]
-ADAPTER = ["path", "tensors", "sha256", "verified"]
 
 
 class SeriesFailed(RuntimeError):
-    """A notebook failed, or the run lacks a part that it promised."""
+    """A notebook failed, or the run lacks a part that it promised.
+
+    Attributes:
+        saved: the training of a notebook was asked to stop, and has saved.
+    """
+
+    def __init__(self, message: str, saved: bool = False):
+        super().__init__(message)
+        self.saved = saved
 
 
 @dataclass
@@ -102,36 +111,50 @@ def run_series(
         BadParameters: before anything is executed.
         SeriesFailed: a notebook failed or a promised part is missing.
     """
-    root = go_to_root()
+    go_to_root()
     entries = select(folder, begin, only)
-    contracts = [parameters.read_contract(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
     if begin and not run_dir and (RUNS / "latest").is_dir():
         run_dir = RUNS / (RUNS / "latest").resolve().name
     if params is None and begin and run_dir and (Path(run_dir) / "params.yaml").exists():
         params = Path(run_dir) / "params.yaml"
+    values = _checked_values(params, overrides or {}, folder)
+    if any(entry.name == TRAINING_NOTEBOOK for entry in entries):
+        look_first(values)
+    run_dir = _new_folder(run_dir, values)
+    numbers = ", ".join(entry.name[:2] for entry in entries)
+    source = params or "the defaults of the notebooks"
+    print(f"Notebooks {numbers} into {run_dir}/ (parameters: {source})", flush=True)
+    cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
+    _execute_all(entries, values, run_dir, cell_timeout)
+    return run_dir
+
+
+def _checked_values(params: Path | None, overrides: dict[str, str], folder: Path) -> dict:
+    contracts = [parameters.read_contract(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
     values = parameters.read_params_file(params) if params else {}
-    for name, text in (overrides or {}).items():
+    for name, text in overrides.items():
         values[name] = parameters.from_command_line(name, text, contracts)
     parameters.check(values, contracts)
     if "run_dir" in values:
         raise parameters.BadParameters(
             "run_dir: found it given, and the runner fills it in itself. Use --run-dir."
         )
-    if any(entry.name == TRAINING_NOTEBOOK for entry in entries):
-        look_first(values)
+    return values
 
-    cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
 
-    run_dir = new_run_dir(run_dir)
-    if run_dir.resolve().parent == (root / RUNS).resolve():
+def _new_folder(wanted: str | Path, values: dict) -> Path:
+    run_dir = new_run_dir(wanted)
+    if run_dir.resolve().parent == RUNS.resolve():
         point_latest_to(run_dir)
     record_provenance(run_dir, values)
-    numbers = ", ".join(entry.name[:2] for entry in entries)
-    source = params or "the defaults of the notebooks"
-    print(f"Notebooks {numbers} into {run_dir}/ (parameters: {source})", flush=True)
+    return run_dir
+
+
+def _execute_all(entries: list[Entry], values: dict, run_dir: Path, cell_timeout: int) -> None:
     try:
-        for number, entry in enumerate(entries, 1):
-            execute(entry, values, run_dir, f"{number}/{len(entries)}", cell_timeout)
+        with _passing_on_sigterm():
+            for number, entry in enumerate(entries, 1):
+                execute(entry, values, run_dir, f"{number}/{len(entries)}", cell_timeout)
     finally:
         summary = summarise(entries, run_dir)
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -139,7 +162,25 @@ def run_series(
     missing = what_is_missing(summary)
     if missing:
         raise SeriesFailed("The run lacks what it promised:\n  " + "\n  ".join(missing))
-    return run_dir
+
+
+@contextmanager
+def _passing_on_sigterm() -> Iterator[None]:
+    """A SIGTERM (Slurm's, a cloud's) goes to the kernel: a launch in it lets its ranks save, anything else ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(*_) -> None:
+        for kernel in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                kernel.send_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def look_first(values: dict) -> None:
@@ -152,15 +193,16 @@ def look_first(values: dict) -> None:
         BadParameters: with what the training script would say.
     """
     given = {name: values.get(name) for name in ("model", "dataset", "heldout_dataset")}
-    if given["model"] == "tiny":
+    if given["model"] in NAMES:  # made here, and known to be good
         given["model"] = None
-    if not any(given.values()):
+    config = values.get("accelerate_config")
+    if not config and not any(given.values()):
         return
     from nbutils.launching.first_look import look  # two seconds of imports
     from nbutils.models.hub import CannotDownload
 
     try:
-        look(given)
+        look(given, config, values.get("num_processes"))
     except (CannotDownload, FileNotFoundError, ValueError) as problem:
         raise parameters.BadParameters(str(problem)) from None
 
@@ -177,7 +219,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
     if "run_dir" in entry.contract:
         given["run_dir"] = str(run_dir)
     output = run_dir / f"{entry.name}.ipynb"
-    report = _CellLines(f"[{place}] {entry.name}", entry.source, run_dir, injected=bool(given))
+    report = CellProgress(f"[{place}] {entry.name}", entry.source, run_dir, injected=bool(given))
     started = time.monotonic()
     entry.status = "failed"
     try:
@@ -199,7 +241,8 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
     except papermill.PapermillExecutionError as error:
         raise SeriesFailed(
             f"{output}: cell In [{error.exec_count}] failed with {error.ename}: {error.evalue}\n"
-            f"{_indented(error.source)}\nThe executed notebook, up to this cell, is {output}."
+            f"{_indented(error.source)}\nThe executed notebook, up to this cell, is {output}.",
+            saved=error.ename == "LaunchStopped" and HAVE_SAVED in error.evalue,
         ) from None
     except (RuntimeError, TimeoutError) as error:  # a dead kernel, a cell that took too long
         cell = report.source or "(before the first cell)"
@@ -215,138 +258,3 @@ def _indented(source: str, lines: int = 12) -> str:
     kept = source.splitlines()
     more = ["..."] if len(kept) > lines else []
     return "\n".join("    " + line for line in kept[:lines] + more)
-
-
-class _CellLines:
-    """Progress on the terminal: one line that is rewritten each second; in a log file a line for each slow cell."""
-
-    SLOW = 5.0  # seconds
-
-    def __init__(self, label: str, notebook: Path, run_dir: Path, injected: bool = False):
-        cells = nbformat.read(notebook, as_version=4).cells
-        self.label, self.total, self.train_dir = label, len(cells) + injected, run_dir / "train"
-        self.source, self.place, self.started, self.seen = "", 0, 0.0, 0
-        self.closed = threading.Event()
-        if sys.stdout.isatty():
-            threading.Thread(target=self._keep_rewriting, daemon=True).start()
-        else:
-            print(label, flush=True)
-
-    def begin(self, cell, cell_index: int) -> None:
-        self.source, self.place, self.started = cell.source, cell_index + 1, time.monotonic()
-        self.seen = len(read_progress(self.train_dir))
-
-    def end(self, cell, cell_index: int, **_) -> None:
-        seconds = time.monotonic() - self.started
-        if not sys.stdout.isatty() and seconds >= self.SLOW:
-            print(f"    cell {cell_index + 1}/{self.total}: {seconds:.0f} s", flush=True)
-
-    def line(self) -> str:
-        """Where the notebook is; while a launch trains, where the training is."""
-        training = read_progress(self.train_dir)[self.seen :]
-        seconds = time.monotonic() - self.started
-        doing = progress_line(training, seconds) if training else f"{seconds:.0f} s"
-        return f"{self.label}  cell {self.place}/{self.total}  {doing}"
-
-    def _keep_rewriting(self) -> None:
-        while not self.closed.wait(1.0):
-            if self.place:
-                print(f"\r\033[K{self.line()}", end="", flush=True)
-
-    def close(self, status: str, seconds: float) -> None:
-        self.closed.set()
-        start = f"\r\033[K{self.label}  " if sys.stdout.isatty() else "    "
-        print(f"{start}{status}, {seconds:.0f} s", flush=True)
-
-
-# ---- what is needed to repeat the run, and what came out of it ------------------------------------------------------
-
-
-def record_provenance(run_dir: Path, values: dict) -> None:
-    """Write `params.yaml` and `versions.json`: what is needed to repeat the run."""
-    (run_dir / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False) if values else "{}\n")
-    record = {"commit": commit(), "versions": versions(ALL_PACKAGES)}
-    (run_dir / "versions.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def summarise(entries: list[Entry], run_dir: Path) -> dict:
-    """Collect the summary from what lies in the run folder, not from what the notebooks were meant to do."""
-    notebooks = []
-    for entry in entries:
-        counts = count_cells(run_dir / f"{entry.name}.ipynb") if entry.status != "not run" else (0, 0)
-        notebooks.append(
-            {
-                "name": entry.name,
-                "status": entry.status,
-                "seconds": entry.seconds,
-                "code_cells": counts[0],
-                "executed_cells": counts[1],
-            }
-        )
-    record = run_dir / "train" / "run.json"
-    told = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    training, adapter = told.get("training", {}), told.get("adapter", {})
-    return {
-        "notebooks": notebooks,
-        "training": {name: training.get(name) for name in TRAINING},
-        "adapter": {name: adapter.get(name) for name in ADAPTER},
-        "versions": versions(ALL_PACKAGES),
-        "commit": commit(),
-    }
-
-
-def count_cells(notebook: Path) -> tuple[int, int]:
-    """The code cells of an executed notebook, blank ones aside, and how many of them have an execution count."""
-    if not notebook.exists():
-        return 0, 0
-    cells = nbformat.read(notebook, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
-    return len(code), sum(cell.execution_count is not None for cell in code)
-
-
-def what_is_missing(summary: dict) -> list[str]:
-    """What a run promised and did not bring: one sentence each, none if all is well."""
-    missing = []
-    for notebook in summary["notebooks"]:
-        if notebook["status"] != "ok" or notebook["executed_cells"] != notebook["code_cells"]:
-            missing.append(
-                f"{notebook['name']}: {notebook['status']}, {notebook['executed_cells']} of "
-                f"{notebook['code_cells']} code cells executed."
-            )
-    if any(notebook["name"] == TRAINING_NOTEBOOK for notebook in summary["notebooks"]):
-        for part in ("training", "adapter"):
-            unsaid = [name for name, value in summary[part].items() if value is None]
-            if unsaid:
-                missing.append(f"train/run.json says nothing about {part}: {', '.join(unsaid)}.")
-        if summary["adapter"]["verified"] is not True:
-            missing.append("The adapter was not verified.")
-    return missing
-
-
-def readable(summary: dict, run_dir: Path) -> str:
-    """The summary as lines for a terminal."""
-    lines = ["", f"{'notebook':<28} {'status':<8} {'cells':>7} {'seconds':>8}"]
-    for row in summary["notebooks"]:
-        cells = f"{row['executed_cells']}/{row['code_cells']}"
-        lines.append(f"{row['name']:<28} {row['status']:<8} {cells:>7} {row['seconds']:>8.1f}")
-    training, adapter = summary["training"], summary["adapter"]
-    if training["distributed_type"] is not None:
-        held = ", ".join(f"{count:,}" for count in training["nf4_bytes_per_rank"] or [])
-        lines += [
-            "",
-            f"trained with   {training['distributed_type']} {training['fsdp_version']} on {training['world_size']} "
-            f"processes, {training['quant_type']} stored as {training['quant_storage']}",
-            f"4-bit bytes    {held} on the ranks, of {training['nf4_bytes_total']:,}",
-            f"training loss  {_number(training['loss_first'])} -> {_number(training['loss_last'])}",
-            f"held-out loss  {_number(training['held_out_loss_before'])} -> {_number(training['held_out_loss_after'])}",
-        ]
-    if adapter["path"] is not None:
-        lines.append(
-            f"adapter        {adapter['path']}: {adapter['tensors']} tensors, "
-            f"{'verified' if adapter['verified'] else 'NOT verified'}"
-        )
-    return "\n".join([*lines, "", f"Everything is in {run_dir}/: open the executed notebooks there."])
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4f}"

@@ -30,7 +30,10 @@ HANDED_OUT = [
         "benchmarks",
         "docs/workshop.md",
         "docs/troubleshooting.md",
+        "docs/troubles.yaml",
         "docs/speed_log.md",
+        "docs/evidence.md",
+        "docs/what_70b_takes.png",
     ),
 ]
 START = """\
@@ -40,8 +43,8 @@ This is the student edition of the workshop. Two commands, on Linux with Python 
     .venv/bin/python -m nbutils doctor   says whether this machine will do
 
 Begin with 00_start_here. Each exercise is a cell that raises NotImplementedError: put your answer where the `...`
-stands, delete the line that raises, and run the cell. Its checker prints yours beside expected. `make tutorial` stops
-at the first exercise that you have not solved.
+stands, delete the line that raises, and run the cell. Its checker says OK, or why the answer is not right. `make
+tutorial` stops at the first exercise that you have not solved.
 
 The README is that of the whole repository: `make test` and `make workshop` work there, and not in this archive.
 """

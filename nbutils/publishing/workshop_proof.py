@@ -45,15 +45,21 @@ def copy_tiny_bases(tree: Path) -> None:
         shutil.copytree(done.parent, tree / "runs" / "cache" / done.parent.name)
 
 
-def run_through(path: Path, tree: Path) -> nbformat.NotebookNode:
-    """Execute a notebook to its end, whatever fails, with the package that lies in `tree`."""
+def run_through(path: Path, tree: Path, values: dict = SHORT) -> nbformat.NotebookNode:
+    """Execute a notebook to its end, whatever fails, with the package that lies in `tree`.
+
+    Args:
+        path: of the notebook.
+        tree: root of a copy of the repository; the executed notebook is kept in its `runs/`.
+        values: parameters; one that the notebook does not know is left out.
+    """
     from nbclient import NotebookClient
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
     from nbutils.publishing.parameters import read_contract
 
-    given = {name: value for name, value in SHORT.items() if name in read_contract(path)}
+    given = {name: value for name, value in values.items() if name in read_contract(path)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), given)
     options = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": True}
     options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # its warnings concern servers

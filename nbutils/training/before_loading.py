@@ -5,21 +5,17 @@ the time. Every refusal is one sentence or two: what was found, what was wanted,
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from nbutils.adapters.gather import SaveError
+from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import reject_foreign_folder
-from nbutils.common import host_memory
-from nbutils.common.disk import nearest_folder, refuse_output
-from nbutils.common.paths import ROOT
+from nbutils.common.disk import refuse_output
+from nbutils.common.launched import ranks_here, sharding_strategy
 from nbutils.common.ranks import agree, in_step, rank
 from nbutils.common.refused import Refused
 from nbutils.common.versions import refuse_versions
@@ -27,19 +23,15 @@ from nbutils.models.hub import CannotDownload
 from nbutils.models.loading import IN_MEMORY_BYTES
 from nbutils.models.safetensors_reader import Checkpoint
 from nbutils.models.supported import look_at_model
-from nbutils.planning.hybrid_shard import hybrid_fault, is_hybrid
-from nbutils.planning.memory_items import BF16, GIB, nf4_bytes, quantisation_state_bytes
-from nbutils.planning.memory_plan import plan
-from nbutils.planning.run_setup import Choices, Setup
-from nbutils.planning.shapes import Shape, shape_of
+from nbutils.planning.hybrid_shard import hybrid_fault
+from nbutils.planning.memory_items import BF16
+from nbutils.planning.shapes import shape_of
 from nbutils.training.compiled_layers import refuse_fsdp1
 from nbutils.training.host_embeddings import refuse_offloaded_head
+from nbutils.training.memory_and_disk import refuse_little_memory, refuse_small_disk
 from nbutils.training.packed_attention import refuse_packing
+from nbutils.training.resume import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.training.shared_output import Token, new_name
-from nbutils.training.trainer import (
-    refuse_what_cannot_be_resumed,
-    refuse_what_checkpoints_do_not_serve,
-)
 
 
 def refuse_before_loading(recipe, training: SFTConfig) -> None:
@@ -62,57 +54,8 @@ def refuse_before_loading(recipe, training: SFTConfig) -> None:
     _together(lambda: _refuse_output(Path(training.output_dir)))
     if training.save_strategy != "no" or recipe.resume:  # of anything else, rank 0 alone reads and writes
         _refuse_unshared_output(Path(training.output_dir))
-    refuse_what_cannot_be_resumed(training.output_dir, recipe.resume)
+    refuse_what_cannot_be_resumed(recipe, training)
     _together(lambda: _refuse_model(recipe, training))
-
-
-def refuse_rows(
-    train: Dataset, heldout: Dataset, tokenizer: PreTrainedTokenizerBase, training: SFTConfig
-) -> None:
-    """Refuse a set in which no row would keep an answer, and say how many rows are left out.
-
-    What is longer than `max_length` is cut. A row whose question alone fills it keeps no token of its answer.
-
-    Args:
-        train: from `train_and_heldout`.
-        heldout: the other one; without a row in it there is no held-out loss.
-        tokenizer: of the model.
-        training: the script's `TrainingArguments`.
-
-    Raises:
-        Refused: no row of one of them keeps an answer.
-    """
-    for rows, called, lost in (
-        (train, "rows", "nothing would be learned. Raise max_length."),
-        (heldout, "held-out rows", "there would be no held-out loss. Raise max_length, or name other rows."),
-    ):
-        _refuse_rows(rows, called, lost, tokenizer, training.max_length)
-
-
-def _refuse_rows(
-    rows: Dataset, called: str, lost: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> None:
-    if "prompt" not in rows.column_names or max_length is None:
-        return
-    full, first = 0, None
-    for number, row in enumerate(rows, start=1):
-        # A token stands for at least one byte: a short question need not be counted.
-        if sum(len(turn["content"].encode()) + 32 for turn in row["prompt"]) < max_length:
-            continue
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        if len(ids) >= max_length:
-            full, first = full + 1, first or f"row {number} has {len(ids)} tokens before its answer"
-    if full == len(rows):
-        raise Refused(
-            f"Every one of the {full} {called} is longer than max_length, {max_length} tokens, before its answer "
-            f"begins ({first}): {lost}"
-        )
-    if full and rank() == 0:
-        print(
-            f"{full} of {len(rows)} {called} keep no token of their answer within max_length {max_length} "
-            f"({first}). They are left out; raise max_length to keep them.",
-            flush=True,
-        )
 
 
 # ---- each of them on its own ----------------------------------------------------------------------------------------
@@ -173,7 +116,7 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
 
 def _refuse_hybrid_of_other_groups() -> None:
     devices = (torch.cuda if torch.cuda.is_available() else torch.cpu).device_count()  # what FSDP 1 asks
-    if fault := hybrid_fault(_strategy(), _ranks_here(), devices):
+    if fault := hybrid_fault(sharding_strategy(), ranks_here(), devices):
         raise Refused(fault)
 
 
@@ -188,7 +131,7 @@ def _refuse_output(output: Path) -> None:
 
 
 def _refuse_unshared_output(output: Path) -> None:
-    if _ranks_here() == int(os.environ.get("WORLD_SIZE", "1")):
+    if ranks_here() == int(os.environ.get("WORLD_SIZE", "1")):
         return  # one machine
     token = Token(output, in_step(new_name()))
     try:
@@ -218,8 +161,8 @@ def _refuse_model(recipe, training: SFTConfig) -> None:
     unpacked = not getattr(config, "quantization_config", None)
     local = Path(recipe.model).is_dir()
     bytes_on_disk = Checkpoint(folder).bytes_on_disk if local else BF16 * shape.parameters
-    _refuse_little_memory(shape, recipe, training, unpacked and bytes_on_disk <= IN_MEMORY_BYTES)
-    _refuse_small_disk(shape, recipe, training, unpacked and bytes_on_disk > IN_MEMORY_BYTES)
+    refuse_little_memory(shape, recipe, training, unpacked and bytes_on_disk <= IN_MEMORY_BYTES)
+    refuse_small_disk(shape, recipe, training, unpacked and bytes_on_disk > IN_MEMORY_BYTES)
 
 
 def _tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
@@ -230,97 +173,6 @@ def _tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
             f"The tokenizer of {model} cannot be read ({type(problem).__name__}: {_first_line(problem)}). Wanted: "
             "tokenizer.json and tokenizer_config.json beside config.json. Download them again."
         ) from None
-
-
-def _refuse_little_memory(shape: Shape, recipe, training: SFTConfig, copied: bool) -> None:
-    """Host memory for the ranks of this machine, beside the libraries, which are in memory already."""
-    here = _ranks_here()
-    choices = Choices(
-        embeddings_on_host=recipe.embeddings_on_host,
-        compile_layers=recipe.compile_layers,
-        checkpointing=bool(training.activation_checkpointing),
-        offload_activations=bool(training.activation_checkpointing_kwargs.get("offload")),
-    )
-    rows, length = training.per_device_train_batch_size, training.max_length or 1024
-    planned = plan(shape, _setup(), rows, length, recipe.lora_r, choices=choices)
-    needed = planned.host_bytes - planned.host["Python and libraries"]
-    if copied:  # each rank quantises a copy of its own; a larger checkpoint is mapped, once for all
-        needed += nf4_copy_bytes(shape)
-    if not torch.cuda.is_available():
-        needed += planned.gpu_peak_bytes  # in a rehearsal, this is host memory too
-    free = host_memory.available()
-    if here * needed > free:
-        raise Refused(
-            f"{here} processes need about {here * needed / GIB:.1f} GiB of host memory on this machine (planned), and "
-            f"{free / GIB:.1f} GiB are free. Close other programs, add swap, or take a smaller model; a checkpoint "
-            "that is NF4 already is mapped and not copied: python -m nbutils quantise MODEL OUT"
-        )
-
-
-def nf4_copy_bytes(shape: Shape) -> int:
-    """A whole model in NF4: packed linear layers with their scales, the rest in bf16."""
-    linear = shape.layers * shape.linear_parameters
-    return nf4_bytes(linear) + quantisation_state_bytes(linear) + BF16 * (shape.parameters - linear)
-
-
-def checkpoints_bytes(shape: Shape, lora_r: int, training: SFTConfig) -> int:
-    """What the run will write, at most: its checkpoints, and the adapter with the one it replaces.
-
-    A checkpoint holds the adapter and AdamW's two moments, in bf16 each.
-    """
-    adapter = BF16 * shape.adapter_parameters(lora_r)
-    count = 0
-    if training.save_strategy != "no":
-        steps, every = training.max_steps, training.save_steps
-        every = every * steps if every < 1 else every
-        # Without a number of steps one cannot know; two is what any run that saves needs.
-        count = max(1, int(steps // every)) if training.save_strategy == "steps" and steps > 0 else 2
-        if training.save_total_limit:
-            count = min(count, training.save_total_limit + 1)  # the oldest goes when the newest is there
-    return 3 * adapter * count + 2 * adapter
-
-
-def _refuse_small_disk(shape: Shape, recipe, training: SFTConfig, quantised_to_disk: bool) -> None:
-    wanted = {nearest_folder(Path(training.output_dir)): checkpoints_bytes(shape, recipe.lora_r, training)}
-    what = "the checkpoints and the adapter need"
-    advice = "Set save_total_limit, save less often, or name an output_dir on a larger disk."
-    for place, needed in wanted.items():
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise Refused(
-                f"On the disk of {place}, {what} {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free. {advice}"
-            )
-    cache = nearest_folder(ROOT / "runs" / "cache")
-    free, needed = shutil.disk_usage(cache).free, nf4_copy_bytes(shape)
-    if quantised_to_disk and needed > free:
-        raise Refused(
-            f"On the disk of {cache}, the NF4 copy of {recipe.model} needs {needed / 1e9:,.1f} GB and "
-            f"{free / 1e9:,.1f} GB are free. Free some, or quantise elsewhere: python -m nbutils quantise MODEL OUT"
-        )
-
-
-def _setup() -> Setup:
-    """The launch as the environment of this rank tells it."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return Setup(
-        world_size=_ranks_here() if is_hybrid(_strategy()) else world,
-        fsdp_version=_fsdp_version(),
-        offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
-    )
-
-
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _fsdp_version() -> int:
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return int(os.environ.get("FSDP_VERSION", "1")) if fsdp else 0
-
-
-def _strategy() -> str | None:
-    """Of FSDP 1; accelerate gives the variable to FSDP 2 as well, which does not read it."""
-    return os.environ.get("FSDP_SHARDING_STRATEGY") if _fsdp_version() == 1 else None
 
 
 def _first_line(problem: Exception) -> str:

@@ -3,12 +3,11 @@
 import os
 from types import MethodType
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from nbutils.patches.linear4bit_forward import multiply
+from nbutils.patches.linear4bit_forward import make_linear4bit_traceable
 
 
 def compile_layers(model: PreTrainedModel) -> int:
@@ -28,7 +27,7 @@ def compile_layers(model: PreTrainedModel) -> int:
         ValueError: the launch is FSDP 1's.
     """
     refuse_fsdp1()
-    bnb.nn.Linear4bit.forward = multiply  # for the whole process; a second call changes nothing
+    make_linear4bit_traceable()
     gated = torch.compile(_gated)  # one function for all layers
     layers = model.get_decoder().layers
     for layer in layers:

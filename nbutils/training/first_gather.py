@@ -4,8 +4,7 @@ import bitsandbytes as bnb
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from nbutils.adapters.gather import piece_of
-from nbutils.patches.fsdp2_gather import _bytes
+from nbutils.adapters.pieces import piece_of
 
 
 class AlteredWeights(RuntimeError):
@@ -45,3 +44,7 @@ def check_first_gather(model: torch.nn.Module) -> None:
 def _is_innermost_unit_of_packed(module: torch.nn.Module) -> bool:
     units = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
     return units == [module] and any(isinstance(inner, bnb.nn.Linear4bit) for inner in module.modules())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

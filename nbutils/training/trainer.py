@@ -5,50 +5,61 @@ empty. Here each rank writes what it holds (see `nbutils.adapters.checkpoint_fol
 back into the same memory.
 """
 
-import os
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from trl import SFTTrainer
 
 from nbutils.adapters.checkpoint_folder import (
     CheckpointError,
-    checkpoints_in,
     delete_old,
-    newest_complete,
     put_pieces_back,
     rank_file,
-    read_manifest,
     read_rank,
     save_pieces,
     write_checkpoint,
 )
-from nbutils.adapters.gather import SaveError, peft_model
+from nbutils.adapters.pieces import SaveError
 from nbutils.adapters.save import config_for_file
-from nbutils.common.ranks import in_step, on_every_rank, rank
+from nbutils.common.ranks import on_every_rank, rank
+from nbutils.models.base_digest import base_digest
+from nbutils.training.held_out_loss import TokenMeanTrainer
 from nbutils.training.nan_guard import stop_at_no_number
+from nbutils.training.optimizer_state import optimizer_pieces, put_optimizer_back, put_schedule_back
+from nbutils.training.resume import choose_checkpoint, refuse_what_checkpoints_do_not_serve
+from nbutils.training.run_facts import run_facts
+from nbutils.training.stop_and_save import StopEvaluation
 
-OPTIMIZER = "optimizer."  # what stands before the name of an optimizer's tensor in a rank's file
 
-
-class ResumableTrainer(SFTTrainer):
+class ResumableTrainer(TokenMeanTrainer):
     """TRL's `SFTTrainer` with checkpoints from which a resumed run gives the losses of the uninterrupted one.
 
-    A resumed run must have the number of processes, the FSDP version, the adapter's settings and the data order of the
-    run that wrote the checkpoint. Anything else is refused: each rank puts its own pieces back, and nothing is sharded
-    anew. `nbutils.adapters.export.export_adapter` takes the adapter out of a checkpoint on any machine.
+    A resumed run must share the facts of `nbutils.training.run_facts` with the run that wrote the checkpoint; anything
+    else is refused: each rank puts its own pieces back, and nothing is sharded anew. Learning rate, schedule and the
+    number of steps may change. `nbutils.adapters.export.export_adapter` takes the adapter out of a checkpoint on any
+    machine.
+
+    Args:
+        base: folder or hub id of the base, whose digest goes into each checkpoint.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, base: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_what_checkpoints_do_not_serve(self.args)
+        self._base = base
         self._evaluated: tuple[int, float] | None = None  # step and held-out loss of the last evaluation here
 
+    @cached_property
+    def facts(self) -> dict:
+        """Of this run, for its checkpoints."""
+        return run_facts(self, self._base and base_digest(self._base))
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        except StopEvaluation:  # asked to stop while it trains: save first
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         if "eval_loss" in metrics:  # not so under another `metric_key_prefix`
             self._evaluated = self.state.global_step, metrics["eval_loss"]
         return metrics
@@ -91,7 +102,7 @@ class ResumableTrainer(SFTTrainer):
             CheckpointError: nothing to resume from is complete; it belongs to a run of another kind; or `resume` is
                 False and the folder holds checkpoints, which a new run would mix with its own.
         """
-        folder = _choose(self.args.output_dir, resume, run_facts(self), say=print)
+        folder = choose_checkpoint(self.args.output_dir, resume, lambda: self.facts, say=print)
         # A resumed run has its held-out loss of the beginning already.
         self.args.eval_on_start = self.args.eval_on_start and folder is None
         return folder
@@ -99,7 +110,7 @@ class ResumableTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial):
         self.store_flos()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        write_checkpoint(folder, self._write_own_files, run_facts(self))
+        write_checkpoint(folder, self._write_own_files, self.facts if rank() == 0 else {})
         on_every_rank(
             lambda: rank() == 0 and delete_old(folder.parent, self.args.save_total_limit), SaveError
         )
@@ -127,7 +138,23 @@ class ResumableTrainer(SFTTrainer):
             return
         tensors, _, notes = read_rank(checkpoint, rank())
         on_every_rank(lambda: put_optimizer_back(self.optimizer, tensors, notes), CheckpointError)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        put_schedule_back(self.lr_scheduler, schedule, notes["groups"])
+        # The Trainer takes from the checkpoint how often to log, to evaluate and to save.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self.state.global_step > self.state.max_steps:
+            raise CheckpointError(
+                f"{checkpoint} has {self.state.global_step} steps behind it, and this run ends at "
+                f"{self.state.max_steps}. Raise num_train_epochs or max_steps."
+            )
+
+    def _run_epoch(self, **kwargs):
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at its end: the Trainer would take one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_rng_state(self, checkpoint):
         # The Trainer calls this when the next batch is the first new one, after it has set its loss to zero.
@@ -138,181 +165,3 @@ class ResumableTrainer(SFTTrainer):
             self._globalstep_last_logged = notes["last_logged"]
             self._metrics["train"].update(notes["metrics"])
             self._total_train_tokens = notes["tokens"]
-
-
-def refuse_what_checkpoints_do_not_serve(args) -> None:
-    """Refuse settings of the Trainer that want checkpoints of another kind.
-
-    Raises:
-        ValueError: naming them.
-    """
-    names = ("load_best_model_at_end", "save_only_model", "push_to_hub")
-    if found := [name for name in names if getattr(args, name)]:
-        raise ValueError(
-            f"Found {', '.join(found)}; these checkpoints are made to resume from and do not serve that. Leave it "
-            "off, and export the adapter of any checkpoint afterwards."
-        )
-
-
-def refuse_what_cannot_be_resumed(output_dir: str | Path, resume: bool) -> None:
-    """Refuse before a large model is loaded what `checkpoint_to_resume` would refuse after it, as far as one can see.
-
-    Every rank must call it, with the process group there (`PartialState()` makes it).
-
-    Args:
-        output_dir: the folder of the run.
-        resume: as for `checkpoint_to_resume`.
-
-    Raises:
-        CheckpointError: as `checkpoint_to_resume`; of the run's settings the number of processes and the FSDP version.
-    """
-    with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    launched = {
-        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
-        "fsdp_version": int(os.environ.get("FSDP_VERSION", "1")) if with_fsdp else None,
-    }
-    _choose(output_dir, resume, launched, say=lambda *words, **_: None)
-
-
-def _choose(output_dir: str | Path, resume: bool, facts: dict, say: Callable) -> str | None:
-    """Rank 0 looks for a checkpoint that fits these facts, and every rank gets its name or its error."""
-    output, chosen = Path(output_dir), []
-
-    def choose():
-        if not resume and (old := checkpoints_in(output)):
-            raise CheckpointError(
-                f"{output} holds {old[-1].name} of an earlier run. Go on from it with --resume true, or name "
-                "another output_dir: a new run would mix its checkpoints with those."
-            )
-        folder = newest_complete(output, say) if resume else None
-        if folder is not None:
-            refuse_another_run(read_manifest(folder)["facts"], facts, folder)
-            say(f"Resuming from {folder}.", flush=True)
-        elif resume:
-            say(f"{output} holds no checkpoint; beginning at step 0.", flush=True)
-        chosen.append(folder and str(folder))
-
-    on_every_rank(lambda: rank() == 0 and choose(), CheckpointError)
-    return in_step(chosen[0] if chosen else None)
-
-
-def run_facts(trainer: ResumableTrainer) -> dict:
-    """What a resumed run must share with the run that wrote the checkpoint, as JSON can hold it."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    config = peft_model(trainer.model).peft_config["default"]
-    return {
-        "world_size": trainer.accelerator.num_processes,
-        "fsdp_version": plugin.fsdp_version if plugin else None,
-        "seed": trainer.args.seed,
-        "data_seed": trainer.args.data_seed,
-        "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
-        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-        "training_rows": len(trainer.train_dataset),
-        "optim": str(trainer.args.optim.value),
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-    }
-
-
-def refuse_another_run(written: dict, now: dict, folder: Path) -> None:
-    """Compare the facts of the run that wrote a checkpoint with those of this run.
-
-    Raises:
-        CheckpointError: naming each fact that differs.
-    """
-    different = [
-        f"{name} was {written.get(name)} and is {now[name]}" for name in now if written.get(name) != now[name]
-    ]
-    if different:
-        raise CheckpointError(
-            f"{folder} cannot be resumed from: {'; '.join(different)}. Each rank puts back exactly what it wrote, so "
-            "launch as the run was launched, with its settings. The adapter alone can be had on any machine: "
-            f"python -m nbutils export {folder} FOLDER"
-        )
-
-
-def optimizer_pieces(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    """Take apart what this rank's optimizer remembers.
-
-    Args:
-        optimizer: torch's, or Accelerate's around it. Its tensors may be DTensors; this rank's part is taken.
-
-    Returns:
-        Tensors by name, and notes that JSON can hold: the settings of each group and the state that is no tensor.
-
-    Raises:
-        SaveError: the optimizer remembers something that is neither a tensor nor a number.
-    """
-    tensors, numbers = {}, {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            label = f"{OPTIMIZER}{index}.{name}"
-            if isinstance(value, torch.Tensor):
-                tensors[label] = value.to_local() if isinstance(value, DTensor) else value
-            elif value is None or isinstance(value, bool | int | float):
-                numbers[label] = value
-            else:
-                raise SaveError(
-                    f"The optimizer keeps {name} as {type(value).__name__}; a tensor or a number was wanted."
-                )
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    beside = [label for label in tensors if not _lies_with_its_parameter(optimizer, label)]
-    return tensors, {
-        "groups": groups,
-        "numbers": numbers,
-        "on_cpu": beside,
-        "parameters": len(_parameters(optimizer)),
-    }
-
-
-@torch.no_grad()
-def put_optimizer_back(optimizer, tensors: dict[str, torch.Tensor], notes: dict) -> None:
-    """Give the optimizer back what `optimizer_pieces` took.
-
-    Raises:
-        CheckpointError: the optimizer steps over another number of parameters.
-    """
-    parameters = _parameters(optimizer)
-    if len(parameters) != notes["parameters"]:
-        raise CheckpointError(
-            f"The optimizer has {len(parameters)} parameters on this rank and the checkpoint {notes['parameters']}. "
-            "Launch with the configuration that the run began with."
-        )
-    for group, saved in zip(optimizer.param_groups, notes["groups"]):
-        group.update(
-            {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        )  # JSON has no tuples
-    for label, value in {**tensors, **notes["numbers"]}.items():
-        if not label.startswith(OPTIMIZER):
-            continue
-        parameter, name = _named(parameters, label)
-        if isinstance(value, torch.Tensor):
-            value = _as_it_was(value, parameter, label in notes["on_cpu"])
-        optimizer.state[parameter][name] = value
-
-
-def _parameters(optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _named(parameters: list[torch.nn.Parameter], label: str) -> tuple[torch.nn.Parameter, str]:
-    index, name = label.removeprefix(OPTIMIZER).split(".", 1)
-    return parameters[int(index)], name
-
-
-def _lies_with_its_parameter(optimizer, label: str) -> bool:
-    parameter, name = _named(_parameters(optimizer), label)
-    return optimizer.state[parameter][name].device == parameter.device
-
-
-def _as_it_was(value: torch.Tensor, parameter: torch.nn.Parameter, on_cpu: bool) -> torch.Tensor:
-    value = value if on_cpu else value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.to_local().shape and value.dim():
-        # Not DTensor.from_local: it moves a piece to the mesh's devices, and with offload the piece belongs on the CPU.
-        state = torch.zeros_like(parameter, dtype=value.dtype)
-        state.to_local().copy_(value)
-        return state
-    return value

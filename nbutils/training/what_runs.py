@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from nbutils.common.versions import not_tested_together
 from nbutils.patches.hybrid_timeout import give_its_groups_the_timeout
 from nbutils.planning.hybrid_shard import is_hybrid
 from nbutils.training.first_gather import check_first_gather
@@ -53,7 +54,8 @@ def what_runs(trainer: Trainer) -> dict:
     Returns:
         A dictionary that JSON can hold: `distributed_type`, `fsdp_version` (None without FSDP), `world_size`,
         `quant_type`, `quant_storage`, `nf4_bytes_per_rank` (a list), `nf4_bytes_total`, `mixed_precision`,
-        `frozen_dtypes`, `trainable_dtypes`, `activation_checkpointing`, `use_reentrant`.
+        `frozen_dtypes`, `trainable_dtypes`, `activation_checkpointing`, `use_reentrant`, `not_tested_together` (a
+        sentence about versions, or None).
     """
     accelerator, model = trainer.accelerator, trainer.model_wrapped
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -80,6 +82,7 @@ def what_runs(trainer: Trainer) -> dict:
         "trainable_dtypes": _dtypes(model, trainable=True),
         "activation_checkpointing": bool(functions),
         "use_reentrant": functions[0].keywords.get("use_reentrant") if functions else None,
+        "not_tested_together": not_tested_together(),
     }
 
 

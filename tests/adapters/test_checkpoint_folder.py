@@ -25,10 +25,10 @@ from nbutils.adapters.checkpoint_folder import (
     write_checkpoint,
 )
 from nbutils.adapters.export import export_adapter
-from nbutils.adapters.gather import SaveError
-from nbutils.adapters.save import WEIGHTS
+from nbutils.adapters.lora_config import WEIGHTS
+from nbutils.adapters.pieces import SaveError
 from nbutils.common.paths import ROOT
-from nbutils.training.trainer import refuse_another_run
+from nbutils.training.resume import refuse_another_run
 
 COMMAND = "python -m pytest -m matrix -s tests/adapters/test_checkpoint_folder.py"
 

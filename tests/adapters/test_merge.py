@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nbutils.adapters import merge as merging
-from nbutils.adapters.merge import MergeError, merge
+from nbutils.adapters.merge import merge
+from nbutils.adapters.merge_plan import MergeError
 from nbutils.common.paths import ROOT
 
 KINDS = {
@@ -192,3 +193,13 @@ def test_memory_follows_the_largest_tensor_and_not_the_model(tmp_path):
     print(f"3 layers: {small:.1f} times the largest tensor; 9 layers: {large:.1f} times")
     assert large < 9
     assert large < small + 1
+
+
+def test_a_merge_that_was_not_asked_for_says_why(base, tmp_path):
+    assert merging.why_not_merged(base, 20) is None
+    assert "merge_up_to_gb is 1e-06" in merging.why_not_merged(base, 1e-6)
+    settings = json.loads((base / "config.json").read_text()) | {
+        "quantization_config": {"load_in_4bit": True}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "name that in bf16_base" in merging.why_not_merged(tmp_path, 20)

@@ -12,9 +12,9 @@ import torch
 from packaging.version import Version
 from recording import record
 
-from nbutils.adapters.gather import file_key
+from nbutils.adapters.pieces import file_key
+from nbutils.common.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 RANKS = ROOT / "tests" / "ranks"
 PROCESSES = int(os.environ.get("SAVE_TEST_PROCESSES", "2"))
 COMMAND = "python -m pytest -m matrix -s tests/adapters/test_save.py"

@@ -1,13 +1,15 @@
 """The instruction set of the course, and the loader that takes any of four forms."""
 
 import json
+import os
 import re
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
 from nbutils.common.paths import ROOT
-from nbutils.data.rows import load_conversations, train_and_heldout
+from nbutils.data.rows import load_conversations
 from nbutils.models.tiny import read_prose
 
 DATA = ROOT / "data" / "instructions"
@@ -83,18 +85,106 @@ def test_every_form_in_every_file_gives_the_same_turns(tmp_path, row, suffix):
         path.write_text("\n".join(json.dumps(row) for _ in range(2)))
     else:
         path.write_text(json.dumps([row, row]))
-    assert load_conversations(str(path))[0] == {"prompt": TURNS[:1], "completion": TURNS[1:]}
+    for conversation in load_conversations(str(path)):
+        assert (conversation.turns, conversation.learned) == (TURNS, [False, True])
 
 
 def test_text_rows_stay_text(tmp_path):
     path = write(tmp_path, "data.jsonl", '{"text": "Some prose."}\n')
-    assert load_conversations(path).column_names == ["text"]
+    assert load_conversations(path)[0].text == "Some prose."
 
 
-def test_each_assistant_turn_becomes_a_row(tmp_path):
-    path = write(tmp_path, "data.jsonl", json.dumps({"messages": TURNS + TURNS}) + "\n")
-    data = load_conversations(path)
-    assert [len(row["prompt"]) for row in data] == [1, 3]
+def test_a_chat_of_several_answers_is_one_row(tmp_path):
+    path = write(tmp_path, "data.jsonl", json.dumps({"messages": [*TURNS, *TURNS, TURNS[0]]}) + "\n")
+    (conversation,) = load_conversations(path)
+    assert conversation.learned == [False, True, False, True]
+    assert conversation.turns == TURNS + TURNS, "what follows the last answer cannot be learned"
+    assert conversation.question == TURNS[:1]
+
+
+def test_a_share_gpt_row_is_read(tmp_path):
+    turns = [{"from": "human", "value": "What is a shard?"}, {"from": "gpt", "value": "A slice."}]
+    path = write(
+        tmp_path, "data.json", json.dumps([{"id": "a_0", "conversations": turns, "system": "Be brief."}])
+    )
+    (conversation,) = load_conversations(path)
+    assert conversation.turns == [{"role": "system", "content": "Be brief."}, *TURNS]
+    assert conversation.left_out == {"id"}
+
+
+def test_a_turn_of_weight_0_is_asked_and_not_learned(tmp_path):
+    """Public report: axolotl 1703."""
+    turns = [*TURNS, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    turns[1] = {**turns[1], "weight": 0}
+    turns[3] = {**turns[3], "weight": 1}
+    path = write(tmp_path, "data.jsonl", json.dumps({"messages": turns}) + "\n")
+    (conversation,) = load_conversations(path)
+    assert conversation.learned == [False, False, False, True]
+    assert conversation.turns[1] == {"role": "assistant", "content": "A slice."}
+
+
+def test_history_and_system_of_an_alpaca_row_are_its_context(tmp_path):
+    """Public report: LLaMA-Factory 3351."""
+    row = {"instruction": "And the second?", "input": " ", "output": "Mimas.", "system": "You know moons."}
+    row["history"] = [["Which moon is the largest?", "Titan."]]
+    (conversation,) = load_conversations(write(tmp_path, "data.json", json.dumps([row])))
+    assert [turn["content"] for turn in conversation.turns] == [
+        "You know moons.", "Which moon is the largest?", "Titan.", "And the second?", "Mimas.",
+    ]  # fmt: skip
+    assert conversation.learned == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", "\n\t"])
+def test_a_blank_alpaca_input_is_none(tmp_path, blank):
+    """Public report: alpaca-lora 565."""
+    row = {"instruction": "Say good morning.", "input": blank, "output": "Good morning.", "history": None}
+    (conversation,) = load_conversations(write(tmp_path, "data.json", json.dumps([row])))
+    assert conversation.turns[0]["content"] == "Say good morning."
+
+
+# ---- files: as they are named, as they are now ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["set[1].jsonl", "set?.jsonl", "set*.jsonl", "a b.JSONL", "set[1].json", "[x].parquet"]
+)
+def test_the_file_that_was_named_is_read(tmp_path, name):
+    """Public report: datasets 7468, which takes the name for a pattern."""
+    for neighbour in ("set1.jsonl", "setx.jsonl", "set1.json", "x.parquet"):
+        write(tmp_path, neighbour, '{"prompt": "Which?", "completion": "The neighbour."}\n')
+    row = {"prompt": "Which?", "completion": "The one that was named."}
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    else:
+        write(tmp_path, name, json.dumps(row) + "\n")
+    (conversation,) = load_conversations(str(tmp_path / name))
+    assert conversation.turns[-1]["content"] == "The one that was named."
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_file_is_read_as_it_is_now(tmp_path, ending):
+    """Same size, same time stamp, other words: a cache that goes by those gives the old ones."""
+    path = tmp_path / f"data.{ending}"
+    for answer in ("Yes.", "Nay."):
+        path.write_text(json.dumps({"prompt": "So?", "completion": answer}))
+        os.utime(path, ns=(1, 1))
+        assert load_conversations(str(path))[0].turns[-1]["content"] == answer
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-03-01", "12:30:00", "1e5", "true", "null", "007", "2024-03-01T00:00:00Z"]
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_text_stays_text(tmp_path, value, ending):
+    rows = [{"prompt": f"Which {i}?", "completion": value} for i in range(3)]
+    text = json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+    path = write(tmp_path, f"data.{ending}", text)
+    assert {conversation.turns[-1]["content"] for conversation in load_conversations(path)} == {value}
+
+
+def test_a_mark_before_the_first_byte_and_lines_in_a_json_file_are_read(tmp_path):
+    (tmp_path / "data.json").write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "completion": "b"}\n' * 2)
+    assert len(load_conversations(str(tmp_path / "data.json"))) == 2
 
 
 BAD = {
@@ -116,7 +206,33 @@ BAD = {
         r"row 1: the role 'human' is not one of system, user, assistant",
     ),
     "a foreign file": ("a.csv", "a,b", r"ends in .csv; wanted .json, .jsonl or .parquet"),
-    "no rows": ("a.json", "[]", r"holds no rows|no data|empty"),
+    "no rows": ("a.json", "[]", r"holds no rows"),
+    "a list of numbers": ("a.json", "[1, 2]", r"row 1: found int, wanted an object"),
+    "a key that stands twice": (
+        "a.jsonl",
+        '{"prompt": "x", "completion": "y", "completion": "z"}',
+        r"line 1: this is no JSON \(the key completion stands twice",
+    ),
+    "no answer that is learned": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}',
+        r"row 1: each of its answers is marked as not to be learned",
+    ),
+    "a weight between": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}]}',
+        r"weight is 0\.5: a turn is learned whole or not at all",
+    ),
+    "a user's turn to learn": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "x", "train": true}, {"role": "assistant", "content": "y"}]}',
+        r"train asks to learn the user turn",
+    ),
+    "several bad rows": (
+        "a.jsonl",
+        '{"prompt": "x", "completion": ""}\n' * 3,
+        r"row 1: completion is empty\. Rows refused in all: 3",
+    ),
 }
 
 
@@ -129,11 +245,3 @@ def test_bad_data_is_refused_with_a_sentence(tmp_path, name, content, message):
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.jsonl"):
         load_conversations("nowhere.jsonl")
-
-
-def test_a_share_is_held_out_the_same_way_each_time(tmp_path):
-    lines = "\n".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) for i in range(40))
-    path = write(tmp_path, "data.jsonl", lines)
-    first, second = train_and_heldout(path, None), train_and_heldout(path, None)
-    assert [len(part) for part in first] == [38, 2]
-    assert first[1].to_list() == second[1].to_list()

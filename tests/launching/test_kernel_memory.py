@@ -101,6 +101,7 @@ def before_the_losses(folder) -> dict:
         "dataset": "data/instructions/train.jsonl",
         "heldout_dataset": "data/instructions/heldout.jsonl",
         "max_length": 64,
+        "max_cut_share": 1,
         "per_device_eval_batch_size": 32,
     }
     return {

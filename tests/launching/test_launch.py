@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -12,15 +13,9 @@ from jupyter_client import KernelManager
 from processes import ranks_of, wait_until
 
 from nbutils.common.paths import ROOT
-from nbutils.launching.launch import (
-    LaunchFailed,
-    copyable,
-    first_failure,
-    launch,
-    launch_command,
-    loss_curve,
-    progress_line,
-)
+from nbutils.launching.launch import LaunchFailed, LaunchStopped, launch
+from nbutils.launching.launch_command import copyable, launch_command
+from nbutils.launching.log_files import own_folder
 
 CONFIG = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
 pytestmark = pytest.mark.launch
@@ -74,6 +69,53 @@ def test_a_launch_runs_all_ranks_and_reads_their_progress(tmp_path, capsys):
     assert printed.startswith("accelerate launch --config_file")
     assert "step 3/3 | loss 1.0000 | finished after" in printed
     assert "\r" not in printed
+
+
+def test_a_torn_line_of_progress_ends_no_healthy_rank(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        out = Path(sys.argv[1]) / "progress.jsonl"
+        if rank == 0:
+            with out.open("a") as stream:
+                stream.write('{"step": 1, "max_st')  # the disk is full
+            time.sleep(1)
+            with out.open("a") as stream:  # a resume writes on
+                stream.write('{"step": 1, "max_steps": 2, "seconds": 1}\\n{"step": 2, "max_steps": 2, "seconds": 2}\\n')
+            time.sleep(1)
+        """,
+    )
+    result = run(path, tmp_path, [str(tmp_path)], output_dir=tmp_path)
+    assert [line["step"] for line in result.progress] == [2]
+    assert [line["step"] for line in run(path, tmp_path, [str(tmp_path)], output_dir=tmp_path).progress] == [
+        2
+    ]
+
+
+def test_two_launches_at_once_have_a_log_and_a_folder_each(tmp_path):
+    """One fails; the other must neither say its error nor lose its own output."""
+    path = script(
+        tmp_path,
+        """
+        print("this is", sys.argv[1])
+        time.sleep(2)
+        if sys.argv[1] == "bad" and rank == 0:
+            raise SystemExit("the error of the bad one")
+        """,
+    )
+    with ThreadPoolExecutor() as pool:
+        launches = [pool.submit(run, path, tmp_path, [name], show=False) for name in ("good", "bad")]
+        good, bad = launches[0].result(), launches[1].exception()
+    assert "this is good" in good.log.read_text() and "bad" not in good.log.read_text()
+    assert "the error of the bad one" in str(bad) and "this is good" not in bad.log.read_text()
+    assert {good.log.name, bad.log.name} == {"launch.log", "launch-2.log"}
+    run(path, tmp_path, ["again"], show=False)
+    assert "again" in (tmp_path / "launch.log").read_text()  # nobody holds it any more
+
+
+def test_two_folders_of_one_second_are_two(tmp_path):
+    folders = [own_folder(tmp_path / "launch.log") for _ in range(3)]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 
 def test_the_first_failing_rank_is_named_with_its_own_error(tmp_path):
@@ -211,7 +253,7 @@ def test_a_time_out_ends_every_rank(tmp_path):
         time.sleep(600)
         """,
     )
-    with pytest.raises(LaunchFailed, match="had not ended after 8 s"):
+    with pytest.raises(LaunchStopped, match="had not ended after 8 s"):
         run(path, tmp_path, [str(tmp_path)], timeout=8)
     assert len(list(tmp_path.glob("ready*"))) == 2  # both had begun
     assert ranks_of(path) == []
@@ -280,27 +322,3 @@ def test_the_printed_command_is_one_command_for_a_shell():
         ["bash", "-c", text.replace("accelerate", "printf '%s\\0'", 1)], capture_output=True, text=True
     )
     assert heard.stdout.split("\0")[:-1] == words[1:]
-
-
-def test_the_progress_line_tells_step_loss_and_time_left():
-    lines = [
-        {"step": 0, "max_steps": 8, "seconds": 0.0},
-        {"step": 2, "max_steps": 8, "seconds": 30.0, "loss": 5.5},
-    ]
-    assert progress_line(lines, 40) == "[#####...............] step 2/8 | loss 5.5000 | 1:30 left"
-    assert progress_line([], 61).endswith("1:01")
-
-
-def test_the_live_curve_falls_when_the_loss_falls():
-    rows = loss_curve([{"loss": 3.0}, {"step": 1}, {"loss": 2.0}, {"loss": 1.0}], height=3).splitlines()
-    assert rows == ["  3.0000 |o  ", "         | o ", "  1.0000 |  o"]
-    assert loss_curve([{"loss": 3.0}]) == ""
-
-
-def test_a_damaged_error_file_does_not_hide_the_failure(tmp_path):
-    (tmp_path / "log").write_text("")
-    folder = tmp_path / "ranks/run/attempt_0/1"
-    folder.mkdir(parents=True)
-    (folder / "error.json").write_text('{"message": {"mess')
-    failed = first_failure(tmp_path / "log", tmp_path / "ranks", 1)
-    assert "Rank 1 failed first:\n(its error file is damaged" in str(failed)

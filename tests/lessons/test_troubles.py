@@ -9,7 +9,15 @@ import pytest
 
 from nbutils.common.paths import ROOT
 from nbutils.lessons import records as recorded
-from nbutils.lessons.troubles import CELL, NOT_REPRODUCED, PAGE, RECORDED, TROUBLES, as_markdown
+from nbutils.lessons.troubles import (
+    CELL,
+    NOT_REPRODUCED,
+    PAGE,
+    RECORDED,
+    TROUBLES,
+    as_markdown,
+    read_troubles,
+)
 
 NOTEBOOK = ROOT / "notebooks/07_when_it_breaks.ipynb"
 
@@ -61,3 +69,19 @@ def test_most_of_it_is_reproduced_and_reports_are_named_in_full():
 
 def test_the_page_is_made_of_the_data():
     assert (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8") == PAGE + as_markdown() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "saving:\n- {message: a, where: b, cause: c, fix: d}\n",
+            "missing 1 required positional argument: 'proof'",
+        ),
+        ("saving:\n- {message: a, fix: d}\n", "unexpected keyword argument 'mend'"),
+    ],
+)
+def test_a_key_that_is_wrong_is_named(tmp_path, text, said):
+    (tmp_path / "troubles.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"troubles.yaml, a: .*{said}"):
+        read_troubles(tmp_path / "troubles.yaml")

@@ -149,6 +149,13 @@ def shard_of(folder: Path, name: str) -> Path:
     return folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": []}'])
+def test_a_damaged_index_is_named(copy, text):
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(BadCheckpoint, match="is no index of safetensors"):
+        load_nf4(str(copy))
+
+
 def test_a_truncated_shard_is_named(copy):
     shard = shard_of(copy, LINEAR)
     shard.write_bytes(shard.read_bytes()[:-100])

@@ -88,3 +88,27 @@ def test_a_tokenizer_that_cannot_pad_is_refused(base):
     tokenizer.get_vocab = lambda: {"a": 0}
     with pytest.raises(ValueError, match=r"no padding token of its own"):
         ready_for_chat(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "vocabulary", "pad"),
+    [
+        (None, ["<|endoftext|>"], "<|endoftext|>"),
+        ("<unk>", ["<unk>"], "<unk>"),  # as Llama 2 has it
+        (None, ["<pad>", "<|endoftext|>"], "<pad>"),
+    ],
+)
+def test_a_padding_token_that_is_the_end_token_is_replaced(base, unknown, vocabulary, pad):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.unk_token = unknown
+    tokenizer.get_vocab = lambda: dict.fromkeys([*vocabulary, tokenizer.eos_token], 0)
+    assert ready_for_chat(tokenizer).pad_token == pad
+
+
+def test_no_part_of_the_layout_pads(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token, tokenizer.chat_template = None, "{{ bos_token }}<|endoftext|>"
+    tokenizer.get_vocab = lambda: {"<|endoftext|>": 0}
+    with pytest.raises(ValueError, match=r"no padding token of its own"):
+        ready_for_chat(tokenizer)

@@ -13,7 +13,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from nbutils.patches.fsdp1_pinned_memory import spare_host_memory
 from nbutils.planning.run_setup import Setup
-from nbutils.training.trainer import optimizer_pieces, put_optimizer_back
+from nbutils.training.optimizer_state import optimizer_pieces, put_optimizer_back
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from nbutils.models.tiny import tiny_base
 
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 2,
-    "max_length": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,
+    "max_length": 64, "max_cut_share": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,
     "save_strategy": "no", "disable_tqdm": "true",
 }  # fmt: skip
 LINE = "    gather_as_bytes()"

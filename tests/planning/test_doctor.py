@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nbutils.common import nvidia_smi, versions
+from nbutils.common import nvidia_smi, provenance, versions
 from nbutils.common.paths import ROOT
 from nbutils.models.loading import IN_MEMORY_BYTES
 from nbutils.planning import doctor
@@ -52,7 +52,7 @@ def test_on_gpus_the_torch_of_the_records_is_good_and_the_locks_torch_is_said_to
 
 
 def test_the_lock_names_every_package_of_the_stack():
-    assert set(versions.STACK) <= doctor.locked_versions().keys()
+    assert {*versions.STACK, *versions.TOOLS} <= doctor.locked_versions().keys()
 
 
 def test_no_gpu_is_a_warning_for_the_tiny_model_and_a_failure_for_the_big_one():
@@ -97,9 +97,21 @@ def test_host_memory_is_what_was_measured_and_not_a_copy_a_rank():
 def test_a_small_model_is_quantised_by_each_rank_for_itself():
     small = MODELS["llama31_8b"]
     assert IN_MEMORY_GB * 1e9 == IN_MEMORY_BYTES  # the loader is too heavy to be asked by the doctor
-    assert not small.mapped and small.disk_gib == small.download_gib
-    assert BIG.mapped and BIG.disk_gib == BIG.download_gib + BIG.copy_gib
+    assert not small.mapped and small.disk_gib() == small.download_gib + 2
+    assert BIG.mapped and BIG.disk_gib() == BIG.download_gib + BIG.copy_gib + 2
     assert host_gib(small, 2)[0] > 2 * small.copy_gib
+
+
+def test_readme_and_lessons_say_the_disk_that_is_counted():
+    def rounded_up(gib):
+        return f"{-(-gib * GIB // 5e9) * 5:.0f}"
+
+    least, merged = rounded_up(BIG.disk_gib()), rounded_up(BIG.disk_gib(merge=True))
+    for name in ("README.md", "notebooks/00_start_here.ipynb"):
+        text = " ".join(
+            (ROOT / name).read_text(encoding="utf-8").replace('\\n",', " ").replace('"', " ").split()
+        )
+        assert f"{least} GB of disk, or {merged} GB to merge as well" in text, name
 
 
 def test_the_link_is_read_from_the_table_of_nvidia_smi(monkeypatch):
@@ -150,6 +162,15 @@ def test_gpus_are_read_from_nvidia_smi(fake_nvidia_smi):
     assert gpus[0]["gib"] == pytest.approx(140.4, abs=0.1)
     fake_nvidia_smi("No devices were found")
     assert doctor.find_gpus() == []
+
+
+def test_a_record_names_every_gpu_and_the_driver(fake_nvidia_smi, monkeypatch):
+    fake_nvidia_smi(*(f"{line}, 580.1" for line in FOUR_CARDS))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(provenance, "no_accelerator", lambda: False)
+    machine = provenance.machine()
+    assert machine["gpus"] == ["NVIDIA H200 143771 MiB"] * 2 + ["NVIDIA GeForce RTX 3090 24576 MiB"] * 2
+    assert machine["driver"] == "580.1"
 
 
 @pytest.mark.parametrize(

@@ -205,9 +205,12 @@ def test_the_least_that_one_gpu_needs_is_not_less_for_offload():
     assert gpu_gib(big, 2, offload=True) < 24
 
 
-def test_the_readme_shows_what_was_recorded():
-    readme = (RESULTS.parents[1] / "README.md").read_text()
-    shown = [line for line in readme.splitlines() if line.startswith("  | ") and "GiB" in line]
+EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
+
+
+def test_the_evidence_shows_what_was_recorded():
+    lines = EVIDENCE.read_text().splitlines()
+    shown = [line for line in lines if line.startswith("| ") and "GiB" in line]
     files = [
         "70b_fsdp1_offload_cap_b2_l2048",
         "70b_fast_cap_b4_l2048",
@@ -226,8 +229,8 @@ def recorded(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())["measured"]
 
 
-def test_the_readme_names_the_other_machines():
-    text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
+def test_the_evidence_names_the_other_machines():
+    text = " ".join(EVIDENCE.read_text().split())
     said = re.search(
         r"first two lines made ([\d,]+) and ([\d,]+) tokens/s .*? ([\d,]+) and ([\d,]+) \(`earlier/each_change/`\): "
         r"so the second is ([\d.]+) to ([\d.]+) times",
@@ -249,7 +252,7 @@ def test_the_readme_names_the_other_machines():
     assert f"70B trained in {fewest:.1f} GiB a GPU" in text
 
 
-def test_fsdp2_begins_with_the_loss_of_fsdp1_and_the_readme_says_what_it_was_before():
+def test_fsdp2_begins_with_the_loss_of_fsdp1_and_the_evidence_says_what_it_was_before():
     def before(name):
         return recorded(name)["run"]["training"]["held_out_loss_before"]
 
@@ -259,7 +262,7 @@ def test_fsdp2_begins_with_the_loss_of_fsdp1_and_the_readme_says_what_it_was_bef
     }
     assert len(exact) == 1
     altered = before("earlier/each_change/70b_fsdp2_offload_host_cap_b2_l2048")
-    text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
+    text = " ".join(EVIDENCE.read_text().split())
     assert f"to the last digit, {exact.pop():.5f}; without it {altered:.5f}" in text
 
 

@@ -15,7 +15,8 @@ from processes import as_in_a_terminal, ranks_of, wait_until
 from nbutils.__main__ import main
 from nbutils.common import paths as course
 from nbutils.common.paths import ROOT
-from nbutils.publishing import parameters, runner
+from nbutils.publishing import parameters, run_summary, runner
+from nbutils.publishing.cell_progress import CellProgress
 
 PARAMETERS = """\
 model: str = "tiny"  # the tiny base, a folder, or a hub id
@@ -305,6 +306,43 @@ def test_an_interrupt_on_the_terminal_ends_the_series_and_its_ranks(series, tmp_
     wait_until(lambda: ranks_of(script) == [], 10)
 
 
+SAVES = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+pathlib.Path(sys.argv[1]).touch()
+while not asked:
+    time.sleep(0.1)
+sys.exit(75)
+"""
+
+
+@pytest.mark.notebook
+def test_a_sigterm_lets_a_training_save_and_the_series_says_resume_me(series, tmp_path):
+    """What a cluster sends before it takes the machine, to a run of the night."""
+    script = tmp_path / "saves.py"
+    script.write_text(SAVES)
+    cell = (
+        "from nbutils.launching.launch import launch\n"
+        f"launch({str(script)!r}, [{str(tmp_path / 'ready')!r}], 'configs/accelerate/rehearsal_fsdp1.yaml', "
+        f"log={str(tmp_path / 'log')!r}, rehearsal=False)"
+    )
+    write_notebook(series.folder, "00_first", cell)
+    words = [sys.executable, "-m", "nbutils", "run", "--notebooks", str(series.folder)]
+    running = subprocess.Popen(
+        [*words, "--run-dir", str(series.run_dir)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=as_in_a_terminal,
+    )  # fmt: skip
+    wait_until((tmp_path / "ready").exists, 90)
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 75, errors
+    assert "They have saved (exit status 75). Go on with:" in errors and "--resume true" in errors
+    summary = json.loads((series.run_dir / "summary.json").read_text())
+    assert [notebook["status"] for notebook in summary["notebooks"]] == ["failed", "not run"]
+    wait_until(lambda: ranks_of(script) == [], 10)
+
+
 @pytest.mark.notebook
 def test_a_run_without_the_promised_adapter_fails(series, capsys):
     write_notebook(series.folder, "04_write_and_launch", "print('I trained nothing')")
@@ -360,21 +398,21 @@ def test_going_back_to_an_earlier_lesson_does_not_hide_what_was_trained(tmp_path
 
 def test_the_summary_names_every_part_that_is_missing():
     entry = runner.Entry("04_write_and_launch", None, {}, status="ok")
-    summary = runner.summarise([entry], ROOT / "no_such_run")
-    assert len(runner.what_is_missing(summary)) == 3
+    summary = run_summary.summarise([entry], ROOT / "no_such_run")
+    assert len(run_summary.what_is_missing(summary)) == 3
     complete = {
         "notebooks": [{"name": "04_write_and_launch", "status": "ok", "code_cells": 3, "executed_cells": 3}],
-        "training": dict.fromkeys(runner.TRAINING, 1),
+        "training": dict.fromkeys(run_summary.TRAINING, 1),
         "adapter": {"path": "x", "tensors": 56, "sha256": "0", "verified": True},
     }
-    assert runner.what_is_missing(complete) == []
+    assert run_summary.what_is_missing(complete) == []
     complete["notebooks"][0]["executed_cells"] = 2
-    assert "2 of 3 code cells" in runner.what_is_missing(complete)[0]
+    assert "2 of 3 code cells" in run_summary.what_is_missing(complete)[0]
 
 
 def test_the_terminal_follows_the_training_in_a_notebook(tmp_path):
     write_notebook(tmp_path, "04_write_and_launch", "x = 1")
-    lines = runner._CellLines("[1/1] 04", tmp_path / "04_write_and_launch.ipynb", tmp_path)
+    lines = CellProgress("[1/1] 04", tmp_path / "04_write_and_launch.ipynb", tmp_path)
     (tmp_path / "train").mkdir()
     progress = tmp_path / "train" / "progress.jsonl"
     progress.write_text('{"step": 9, "max_steps": 9, "seconds": 1, "loss": 0.0}\n')  # of an older launch

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from nbutils.adapters import gather as shards
+from nbutils.adapters import pieces as shards
 from nbutils.adapters import save as saving
 from nbutils.adapters.logits import compare_logits, fixed_batch_logits
 
@@ -289,9 +289,7 @@ def refusal_cases(way: str, folder: Path) -> dict:
     piece.held.mul_(2)
     second = saving.save_adapter(model, target)["sha256"]
     seen["replaced"] = second != first
-    seen["previous"] = saving.hashlib.sha256(
-        (folder / "adapter.previous" / saving.WEIGHTS).read_bytes()
-    ).hexdigest() == first  # fmt: skip
+    seen["previous"] = saving.sha256(folder / "adapter.previous" / saving.WEIGHTS) == first
     if dist.get_rank() == 0:
         (folder / "home").mkdir()
         (folder / "home" / "thesis.txt").write_text("years of work")

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nbutils.models.nf4 import nf4_config
-from nbutils.training.preflight import FIXES, GROUP_DTYPE, PreflightError, preflight
+from nbutils.training.fsdp_refusals import FIXES, GROUP_DTYPE
+from nbutils.training.preflight import PreflightError, preflight
 from nbutils.training.prep import prepare_for_fsdp_qlora
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -767,9 +767,10 @@ def accepted(tmp_path_factory, hub):
         (folder / "nf4" / name).write_text(json.dumps(told))
     (folder / "nf4/chat_template.jinja").unlink(missing_ok=True)
     (folder / "four.jsonl").write_text(GOOD * 4)
+    (folder / "other.jsonl").write_text(GOOD.replace("shard", "rank"))
     case = Case(folder / "untested")
     case.installed("peft", "0.21.99")
-    told = {**SETTINGS, "max_steps": 1, "max_length": 64}
+    told = {**SETTINGS, "max_steps": 1, "max_length": 64, "max_cut_share": 1}
     runs = [
         {
             "name": "uint8",
@@ -795,6 +796,7 @@ def accepted(tmp_path_factory, hub):
                 {**told, "max_steps": -1, "num_train_epochs": 1, "logging_steps": 500},
                 model=tiny_base(),
                 dataset=folder / "four.jsonl",
+                heldout_dataset=folder / "other.jsonl",
                 output_dir=folder / "short",
             ),
         },
@@ -833,7 +835,7 @@ def test_nf4_stored_as_uint8_with_a_tokenizer_that_lacks_template_and_padding_tr
 
 def test_rows_without_room_for_an_answer_are_counted(accepted):
     assert re.search(
-        r"\d+ of 356 rows keep no token of their answer within max_length 64", accepted["uint8"]["output"][0]
+        r"\d+ of 316 rows keep no token of their answer within max_length 64", accepted["uint8"]["output"][0]
     )
 
 

@@ -1,7 +1,10 @@
 """The command line: bad input ends in a sentence and status 1, with nothing written; paths are those of the reader."""
 
+import argparse
+import dataclasses
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,9 +16,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import LlamaConfig
+from trl import SFTConfig
 
-from nbutils.__main__ import main
+from nbutils.__main__ import COMMANDS, main
 from nbutils.common.paths import ROOT, at_root, from_here
+from nbutils.launching.dry_run import make_parser as parser_of_dryrun
 from nbutils.launching.launch import choose_config
 from nbutils.publishing import site
 
@@ -117,7 +122,7 @@ BAD = {
     ),
     "quantise: no such folder": ("quantise /nonexistent {out}", "There is no folder /nonexistent."),
     "quantise: empty folder": ("quantise {in}/empty {out}", "empty holds no config.json; wanted a model"),
-    "quantise: damaged base": ("quantise {in}/base_cut {out}", "model.safetensors in {in}/base_cut is cut"),
+    "quantise: damaged base": ("quantise {in}/base_cut {out}", "{in}/base_cut/model.safetensors is cut"),
     "quantise: a file in the way": (
         "quantise {in}/base {in}/file/out",
         "/file/out.partial cannot be read or written: Not a directory.",
@@ -128,7 +133,7 @@ BAD = {
     ),
     "dryrun: no such model": (
         "dryrun --model nonsense --run-dir {out}",
-        "'nonsense' is neither one of tiny, llama32_1b,",
+        "'nonsense' is neither one of tiny, smollm2,",
     ),
     "dryrun: no such config": (
         "dryrun --model tiny --config nope.yaml --run-dir {out}",
@@ -167,6 +172,69 @@ def test_bad_input_ends_in_a_sentence_and_nothing_is_written(
     assert main([word.format(**places) for word in words.split()]) == 1
     assert sentence.format(**places) in capsys.readouterr().err
     assert files_in(inputs) == before and list(tmp_path.iterdir()) == []
+
+
+# ---- one thing, one spelling ---------------------------------------------------------------------------------------
+
+SCRIPT = {
+    "--max-length",
+    "--max-steps",
+    "--per-device-train-batch-size",
+    "--gradient-accumulation-steps",
+    "--lora-r",
+}
+OTHER_SPELLINGS = {
+    *(
+        "--length",
+        "--seq-len",
+        "--steps",
+        "--batch",
+        "--rank",
+        "--lora-rank",
+        "--timeout",
+        "--processes",
+        "--config-file",
+    ),
+    *("--ranks", "--output", "--output-dir", "--accumulation"),
+}
+
+
+def options_of(command: str, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_has_one_spelling_for_one_thing(command, capsys):
+    shown = options_of(command, capsys)
+    assert {option for option in shown if "_" in option} == set()
+    assert shown & OTHER_SPELLINGS == set()
+
+
+def test_settings_of_the_script_have_its_names(capsys, tmp_path):
+    shown = options_of("dryrun", capsys)
+    assert shown >= SCRIPT
+    fields = {field.name for field in dataclasses.fields(SFTConfig)} | {"lora_r"}
+    assert {option.removeprefix("--").replace("-", "_") for option in SCRIPT} <= fields
+    assert options_of("launch", capsys) >= {"--config", "--num-processes", "--time-limit"}
+    assert options_of("doctor", capsys) >= {"--model", "--num-processes"}
+
+
+def test_what_was_typed_before_is_still_understood():
+    options = parser_of_dryrun().parse_args(
+        ["--length", "64", "--batch", "2", "--steps", "3", "--timeout", "9"]
+    )
+    told = (options.max_length, options.per_device_train_batch_size, options.max_steps, options.time_limit)
+    assert told == (64, 2, 3, 9.0)
+    assert parser_of_dryrun().parse_args([]).max_length == 1024
+    parser = argparse.ArgumentParser()
+    COMMANDS["launch"].arguments(parser)
+    options = parser.parse_args(
+        ["--config_file", "c.yaml", "--num_processes", "2", "s.py", "--config", "train.yaml"]
+    )
+    assert (options.config, options.num_processes) == (Path("c.yaml"), 2)
+    assert options.arguments == ["--config", "train.yaml"]
 
 
 def test_a_page_that_would_be_broken_is_named(tmp_path, monkeypatch, capsys):

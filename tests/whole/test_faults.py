@@ -27,6 +27,7 @@ SETTINGS = {
     "heldout_dataset": "data/instructions/heldout.jsonl",
     "max_steps": 6,
     "max_length": 64,
+    "max_cut_share": 1,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-3,
     "lora_r": 4,

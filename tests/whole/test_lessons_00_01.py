@@ -11,7 +11,9 @@ import pytest
 from nbutils.common.paths import ROOT
 from nbutils.launching import config_files as configs
 from nbutils.lessons import records as recorded
+from nbutils.lessons.config_at_70b import gradient_ratio, strategies
 from nbutils.lessons.course_map import LESSONS
+from nbutils.planning.shapes import Shape
 
 START, KEYS = ROOT / "notebooks/00_start_here.ipynb", ROOT / "notebooks/01_fsdp_config_choices.ipynb"
 PARTS = ("**Question.**", "**Measurement.**", "**Change it")
@@ -141,7 +143,7 @@ class TestLesson01:
     """What the lesson says, held against what its own run measured."""
 
     def test_its_exercises_are_solved(self, executed):
-        assert executed[0].count("  OK") >= 7
+        assert executed[0].count("  OK") >= 4
 
     def test_it_measures_two_ranks_on_any_machine(self, executed):
         assert len(executed[1]) == 2
@@ -161,6 +163,28 @@ class TestLesson01:
         assert v["FULL_SHARD"]["resident_after_forward"]["gathered"] == pytest.approx(root, rel=0.01)
         moved = {name: sum(v[name]["moved"].values()) for name in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")}
         assert moved["FULL_SHARD"] > moved["SHARD_GRAD_OP"] > moved["NO_SHARD"] > 0
+
+    def test_the_arithmetic_for_70b_is_that_of_the_measured_bytes(self, executed):
+        """Same functions, the shape that was measured: every byte agrees, with activation checkpoints and without."""
+        v = executed[1][0]["variants"]
+        measured = Shape("measured", 4, 128, 256, 8, 4, 16, 512)
+        for checkpoints, suffix in ((False, ""), (True, ", checkpoints")):
+            for name, computed in strategies(measured, 2, 8, checkpoints).items():
+                if (seen := v.get(name + suffix)) is None:
+                    assert name == "NO_SHARD"
+                    continue
+                assert seen["resident_after_wrapping"]["shard"] == computed.kept, name
+                assert seen["resident_after_forward"]["gathered"] == computed.held, name
+                assert sum(seen["moved"].values()) == computed.moved, name
+        own, shared = (v[name]["moved"]["reduce_scatter"] for name in ("FULL_SHARD", "file policy, orig"))
+        assert gradient_ratio(measured, 8) == pytest.approx(shared / own, rel=1e-3)
+
+    def test_checkpoints_gather_the_adapter_once_more_under_fsdp1(self, executed):
+        v = executed[1][0]["variants"]
+        counts = {name: v[name]["gathers"]["count"] for name in v if "gathers" in v[name]}
+        assert (counts["FULL_SHARD"], counts["FULL_SHARD, checkpoints"]) == (121, 173)
+        assert counts["fsdp2 reshard"] == counts["fsdp2 reshard, checkpoints"]
+        assert "47% less than FULL_SHARD at 70B" in executed[0]
 
     def test_hybrid_shards_among_the_ranks_of_a_machine(self, executed):
         v = executed[1][0]["variants"]
@@ -227,10 +251,16 @@ class TestLesson01:
 
 
 @pytest.mark.notebook
-def test_lesson_00_runs_and_holds_the_machine_against_the_model(tmp_path):
+@pytest.mark.launch
+def test_lesson_00_trains_and_holds_the_machine_against_the_model(tmp_path):
     done = tmp_path / "done.ipynb"
-    papermill.execute_notebook(START, done, {}, cwd=str(ROOT), progress_bar=False, kernel_name="python3")
+    given = {"run_dir": str(ROOT / "runs" / "test_lesson00")}
+    papermill.execute_notebook(START, done, given, cwd=str(ROOT), progress_bar=False, kernel_name="python3")
     cells = nbformat.read(done, as_version=4).cells
     text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
     assert "held against: tiny" in text and "FAIL on" in text
-    assert text.count("  OK") >= 3
+    assert text.count("  OK") >= 4
+    assert "it was FSDP, version 1, on 2 ranks" in text
+    before, after = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", text).groups()
+    assert float(after) < float(before) - 0.1
+    assert re.search(r"together +29\.2", text)  # the sum of the parts above it

@@ -84,7 +84,14 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
                 break
             if any(
                 word in source
-                for word in ("launch(\n", "%%writefile", "plots.show", "benchmarks/results", "seen.items")
+                for word in (
+                    "launch(\n",
+                    "%%writefile",
+                    "plots.show",
+                    "benchmarks/results",
+                    "seen.items",
+                    "draw_casts(",
+                )
             ):
                 continue
             source = source.replace('run_dir: str = ""', f"run_dir: str = {str(tmp_path)!r}")

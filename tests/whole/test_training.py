@@ -17,6 +17,7 @@ from nbutils.common.paths import ROOT
 from nbutils.launching.launch import LaunchFailed, choose_config, launch
 from nbutils.launching.script_file import script_text
 from nbutils.models.tiny import tiny_base, tiny_config
+from nbutils.models.tiny_plain import tiny_plain
 
 pytestmark = pytest.mark.launch
 
@@ -150,14 +151,12 @@ def test_evaluating_changes_no_training_loss(first, tmp_path):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_base_model_with_tied_embeddings_and_a_users_own_alpaca_file(tmp_path, version):
-    """No chat template, no padding token, a tied head, and a thousand Alpaca rows: no change of code."""
+    """No chat template, no padding token, the tokenizer puts the begin token, a tied head, a thousand Alpaca rows."""
     config = tiny_config()
     config.tie_word_embeddings = True
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base())
-    tokenizer.chat_template, tokenizer.pad_token, tokenizer.eos_token = None, None, "<|end_of_text|>"
-    tokenizer.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_plain()).save_pretrained(tmp_path / "base")
     rows = [{"instruction": f"Add {i} and 1.", "input": "", "output": str(i + 1)} for i in range(1000)]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     output = train(
@@ -182,8 +181,8 @@ def test_the_notebook_derives_warmup_and_evaluation_from_the_steps(asked, steps,
         for cell in nbformat.read(ROOT / "notebooks/04_write_and_launch.ipynb", as_version=4).cells
         if "settings_path.write_text" in cell.source
     ]
-    names = ("model_path", "dataset", "heldout_dataset", "goal", "report_to")
-    numbers = ("max_length", "batch_size", "learning_rate", "lora_r", "seed")
+    names = ("base_model", "dataset", "heldout_dataset", "ignore_columns", "goal", "report_to")
+    numbers = ("max_length", "max_cut_share", "batch_size", "learning_rate", "lora_r", "seed")
     given = dict.fromkeys(names, "") | dict.fromkeys(numbers, 1) | {"max_steps": asked}
     exec(cell, given | {"Path": Path, "run_dir": tmp_path, "train_dir": tmp_path})
     told = yaml.safe_load((tmp_path / "train.yaml").read_text())
@@ -239,14 +238,11 @@ def test_saving_with_the_plain_trainer_call_is_noticed(tmp_path):
 
 
 def test_an_evaluation_that_fails_at_the_end_loses_no_adapter(tmp_path):
-    """Held-out rows without an answer are refused at the start; here that refusal is taken out."""
-    row = {"prompt": "What is a shard? " * 100, "completion": "A slice."}
-    (tmp_path / "heldout.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    """Held-out rows without an answer are refused at the start; here they are lost after it."""
     with pytest.raises(LaunchFailed, match="The evaluation of 0 held-out rows gave no loss; wanted"):
         train(
             tmp_path,
-            script=edited(("    refuse_rows(train, heldout, tokenizer, training)\n", "")),
-            heldout_dataset=str(tmp_path / "heldout.jsonl"),
+            script=edited(("eval_dataset=heldout,", "eval_dataset=heldout.select(range(0)),")),
             max_steps=2,
         )
     assert_whole(tmp_path / "out/adapter")

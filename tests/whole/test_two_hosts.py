@@ -41,8 +41,9 @@ ON_CPUS = {
 }
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 30,
-    "max_length": 64, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "lora_r": 4, "logging_steps": 1,
-    "save_steps": 2, "save_total_limit": 3, "eval_strategy": "no", "eval_on_start": "false", "disable_tqdm": "true",
+    "max_length": 64, "max_cut_share": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "lora_r": 4,
+    "logging_steps": 1, "save_steps": 2, "save_total_limit": 3, "eval_strategy": "no", "eval_on_start": "false",
+    "disable_tqdm": "true",
     "ddp_timeout": 8,
 }  # fmt: skip
 # Two ranks a host. A larger adapter, for its gradients are what is counted; one checkpoint, at the end.

@@ -1,0 +1,78 @@
+"""What the records of the real small model measure: losses on answers and on prose; and how a record is written."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from nbutils.common.paths import ROOT
+from nbutils.common.provenance import provenance
+from nbutils.data.rows import load_conversations
+from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
+from nbutils.models.loading import load_tokenizer
+from nbutils.models.smollm2 import smollm2_base
+
+RESULTS = ROOT / "benchmarks" / "results"
+HELD_OUT = "data/instructions/heldout.jsonl"
+LENGTH = 256  # tokens of a conversation; what is longer is cut, as in configs/params/smollm2_135m.yaml
+IGNORED = -100
+
+
+def begin():
+    """Folder, tokenizer and held-out rows of the real base; 4-bit weights keep their order on this CPU."""
+    keep_four_bit_weights_in_order()
+    base = smollm2_base()
+    tokenizer = load_tokenizer(str(base))
+    return base, tokenizer, answers(tokenizer)
+
+
+def answers(tokenizer, source: str = HELD_OUT) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each row as ids and labels, both (1, tokens); only the answer's tokens are labelled, its end token included."""
+    rows = []
+    for row in load_conversations(source):
+        start = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        assert whole[: len(start)] == start
+        ids = torch.tensor([whole[:LENGTH]])
+        labels = ids.clone()
+        labels[0, : len(start)] = IGNORED
+        if (labels != IGNORED).any():
+            rows.append((ids, labels))
+    return rows
+
+
+def prose(tokenizer, count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first essays of data/prose, one row each; every token is labelled."""
+    rows = []
+    for essay in sorted((ROOT / "data" / "prose").glob("*.md"))[:count]:
+        ids = tokenizer(essay.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+        rows.append((ids, ids.clone()))
+    return rows
+
+
+@torch.no_grad()
+def loss(model, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean loss in nats a token over all labelled tokens of all rows; a long row counts for its tokens."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for ids, labels in rows:
+        predicted, wanted = model(input_ids=ids).logits[0, :-1], labels[0, 1:]
+        kept = wanted != IGNORED
+        lost = torch.nn.functional.cross_entropy(predicted[kept].float(), wanted[kept], reduction="sum")
+        total, tokens = total + lost.item(), tokens + int(kept.sum())
+    return total / tokens
+
+
+def in_bf16(folder: Path):
+    """A checkpoint in bf16, unquantised."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def write(name: str, command: str, what: str, commit: str = "", **found) -> None:
+    """One record in benchmarks/results, with where it comes from; written whole or not at all."""
+    record = {"what": what, **provenance(command, commit), **found}
+    partial = RESULTS / f".{name}.part"
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(RESULTS / f"{name}.json")
+    print(json.dumps(found, indent=1, ensure_ascii=False))

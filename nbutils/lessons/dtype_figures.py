@@ -1,0 +1,138 @@
+"""The figures of lessons 02 and 03: a layer as FSDP 1 reads it, positions under bf16, the losses of two adapters."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import matplotlib.pyplot as plt
+import torch
+
+from nbutils.lessons import plots
+
+SHORT = {"input_layernorm": "norm 1", "post_attention_layernorm": "norm 2"}
+
+
+def draw_flat_parameters(layers: dict[str, list[tuple[str, torch.dtype]]], said: dict[str, str]) -> None:
+    """Draw a decoder layer's parameters in the order in which FSDP 1 concatenates them, and where it stops.
+
+    Args:
+        layers: by variant, (name, dtype) of each parameter of one layer.
+        said: by variant, "wraps" or what FSDP 1 said.
+    """
+    figure, axes = plt.subplots(figsize=(7.6, 3.6))
+    for y, (name, parameters) in enumerate(reversed(layers.items())):
+        for x, (full, dtype) in enumerate(parameters):
+            axes.barh(y, 0.94, left=x, height=0.42, linewidth=0.5, **_style(dtype))
+            part = full.split(".")[-2] if "proj" not in full else full.split(".")[1]
+            text = SHORT.get(part, part.replace("_proj", ""))
+            axes.text(x + 0.47, y - 0.36, text, ha="center", va="center", fontsize=8)
+        if said[name] != "wraps":
+            stop = stops_at([dtype for _, dtype in parameters], said[name])
+            axes.plot(stop + 0.47, y, "X", color="white", markeredgecolor="black", markersize=11)
+        axes.text(0, y + 0.33, f"{name}:  {said[name]}", va="center", fontsize=8)
+    for dtype in (torch.bfloat16, torch.float32, torch.uint8):
+        axes.barh(0, 0, label=str(dtype)[6:], **_style(dtype))
+    axes.plot([], [], "X", color="white", markeredgecolor="black", linestyle="", label="FSDP 1 stops here")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4)
+    axes.set(xlim=(0, 9), ylim=(-0.6, len(layers) - 0.4))
+    axes.axis("off")
+    plots.show(figure, f"The nine parameters of a decoder layer, in order. {'. '.join(_told(layers, said))}.")
+    plots.table(["variant", "FSDP 1"], list(said.items()))
+
+
+def stops_at(dtypes: Sequence[torch.dtype], said: str) -> int:
+    """The place of the parameter at which FSDP 1 gives up: the first integer, or the first of another dtype."""
+    return 0 if "integer" in said else next(x for x, dtype in enumerate(dtypes) if dtype != dtypes[0])
+
+
+def _style(dtype: torch.dtype) -> dict:
+    kind = str(dtype)[6:]
+    return {"color": plots.DTYPE_COLOURS[kind], "hatch": plots.DTYPE_HATCHES[kind], "edgecolor": "white"}
+
+
+def _told(layers: dict, said: dict[str, str]) -> list[str]:
+    """A sentence a variant, for readers who do not see the figure."""
+    sentences = []
+    for name, parameters in layers.items():
+        kinds = ", ".join(dict.fromkeys(f"{str(dtype)[6:]}" for _, dtype in parameters))
+        sentences.append(f"{name}: {len(parameters)} parameters in {kinds}; {said[name]}")
+    return sentences
+
+
+def draw_angle_errors(frequencies: torch.Tensor, distances: Sequence[int]) -> None:
+    """Draw how wrong the angle between two tokens is, by their distance, if rotary frequencies are rounded to bf16.
+
+    Args:
+        frequencies: exact, (half of the head's width,).
+        distances: in tokens.
+    """
+    off = (frequencies.bfloat16().double() - frequencies).abs()
+    worst, tenth = off.max().item(), off.sort(descending=True).values[9].item()
+    figure, axes = plt.subplots()
+    axes.plot(distances, [d * worst for d in distances], label=f"worst of the {len(off)} frequencies")
+    axes.plot(distances, [d * tenth for d in distances], label="tenth worst")
+    axes.axhline(
+        torch.pi, color=plots.BLACK, marker="", linestyle="--", label="half a turn: as wrong as can be"
+    )
+    axes.set(
+        xscale="log", yscale="log", xlabel="distance between two tokens", ylabel="error of the angle, radians"
+    )
+    axes.set_xticks(distances, [f"{d:,}" for d in distances])
+    axes.minorticks_off()
+    axes.legend()
+    rows = [(f"{d:,}", f"{d * worst:.3f}", f"{d * tenth:.3f}", int((d * off > 0.5).sum())) for d in distances]
+    told = "; ".join(f"{d} tokens: {error} radians" for d, error, *_ in rows)
+    plots.show(
+        figure, f"The worst angle's error grows in proportion to the distance. {told}. Half a turn is 3.14."
+    )
+    plots.table(["distance", "worst error, radians", "tenth worst", "frequencies off by over 0.5"], rows)
+
+
+def draw_adapter_dtypes(record: dict) -> None:
+    """Draw the recorded training loss of bf16 adapters minus that of fp32 adapters, and print held-out losses.
+
+    Args:
+        record: `benchmarks/results/adapter_dtype.json`.
+    """
+    rows, curves = [], {}
+    for rate in sorted({run["learning_rate"] for run in record["runs"]}):
+        for dtype in ("bfloat16", "float32"):
+            runs = [run for run in record["runs"] if (run["adapter"], run["learning_rate"]) == (dtype, rate)]
+            curves[rate, dtype] = _mean_by_step([run["training_loss"] for run in runs])
+            held = [run["heldout_loss"] for run in runs]
+            kilobytes = (runs[0]["adapter_bytes"] + runs[0]["optimizer_bytes"]) / 1e3
+            seeds = " ".join(f"{value:.4f}" for value in held)
+            rows.append((rate, dtype, f"{statistics.mean(held):.4f}", seeds, f"{kilobytes:,.0f}"))
+    figure, axes = plt.subplots()
+    for rate in (row[0] for row in rows[::2]):
+        behind = [low - full for low, full in zip(curves[rate, "bfloat16"], curves[rate, "float32"])]
+        axes.plot(record["steps_logged"], behind, label=f"learning rate {rate:g}")
+    axes.axhline(0, color=plots.BLACK, marker="", linewidth=0.8)
+    axes.set(xlabel="optimizer step", ylabel="training loss,\nbf16 adapter minus fp32 adapter")
+    axes.legend()
+    told = "; ".join(f"rate {rate:g}, {dtype}: {mean}" for rate, dtype, mean, *_ in rows)
+    plots.show(
+        figure,
+        f"The bf16 adapter's recorded loss minus the fp32 adapter's. Held-out loss at the end: {told}.",
+    )
+    plots.table(["learning rate", "adapter", "held-out loss", "each seed", "kB of adapter and Adam"], rows)
+
+
+def _mean_by_step(runs: list[list[float]]) -> list[float]:
+    return [statistics.mean(losses) for losses in zip(*runs)]
+
+
+def loss_by_length(
+    loss: Callable[[torch.Tensor], float], tokens: torch.Tensor, lengths: Sequence[int]
+) -> list:
+    """The mean loss over rows of each length, cut from one long text.
+
+    Args:
+        loss: of a batch of rows, (1, length).
+        tokens: of the text, (tokens,).
+        lengths: of the rows; as many rows as the text has.
+    """
+    means = []
+    for length in lengths:
+        rows = tokens[: len(tokens) // length * length].view(-1, 1, length)
+        means.append(statistics.mean(loss(row) for row in rows))
+    return means

@@ -1,0 +1,33 @@
+"""The life of a unit: what two ranks hold while they gather, compute and free one layer."""
+
+import matplotlib.pyplot as plt
+
+from nbutils.lessons import plots
+
+MOMENTS = ("before", "gathered: compute", "freed")
+
+
+def draw_life(held: dict[str, list[tuple[float, float]]], unit: str) -> None:
+    """Draw what each rank holds of one layer at three moments, its shard and the gathered copy, and print it.
+
+    Args:
+        held: rank's name to (shard, gathered copy) at each of MOMENTS.
+        unit: of the numbers, as "KiB".
+    """
+    figure, axes = plt.subplots(1, len(held), figsize=(7.2, 2.8), sharey=True)
+    for number, (axis, (rank, moments)) in enumerate(zip(axes, held.items())):
+        shards, copies = zip(*moments)
+        axis.bar(MOMENTS, shards, 0.6, color=plots.BLUE, label="shard, kept all the time")
+        axis.bar(MOMENTS, copies, 0.6, bottom=shards, color=plots.SKY, hatch="///", edgecolor="white",
+                 label="gathered copy")  # fmt: skip
+        axis.set_title(f"{rank}: slice {number + 1} of {len(held)}", fontsize=9)
+    axes[0].set_ylabel(f"{unit} of one layer")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=2, fontsize=8, loc="outside lower center")
+    rows = [
+        [rank, moment, f"{shard:,.0f}", f"{copy:,.0f}"]
+        for rank, moments in held.items()
+        for moment, (shard, copy) in zip(MOMENTS, moments)
+    ]
+    told = "; ".join(f"{r}, {moment}: shard {shard}, gathered copy {copy}" for r, moment, shard, copy in rows)
+    plots.show(figure, f"What each rank holds of one layer, in {unit}. {told}.")
+    plots.table(["rank", "moment", f"shard {unit}", f"gathered copy {unit}"], rows)

@@ -1,0 +1,110 @@
+"""A launch that is asked to end lets its ranks save first, says so, and says how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from processes import as_in_a_terminal, ranks_of, wait_until
+
+from nbutils.common.paths import ROOT
+from nbutils.launching.launch import LaunchStopped, launch
+
+CONFIG = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
+pytestmark = pytest.mark.launch
+
+# What a trainer does: SIGTERM sets a flag; at the end of the step it saves and says with 75 "resume me".
+SAVES = """
+    import os, signal, sys, time
+    from pathlib import Path
+
+    folder, rank, asked = Path(sys.argv[1]), os.environ.get("RANK", "0"), []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    (folder / f"ready{rank}").touch()
+    for step in range(600):
+        time.sleep(0.1)
+        if asked:
+            time.sleep(2)  # the rest of the step
+            (folder / f"saved{rank}").touch()
+            sys.exit(75)
+"""
+HANGS = SAVES.replace("time.sleep(2)", "time.sleep(600)")
+
+
+def script(folder, body=SAVES):
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(body))
+    return path
+
+
+def run(path, tmp_path, **options):
+    options = {"rehearsal": False, "show": False, **options}
+    return launch(path, [str(tmp_path)], CONFIG, log=tmp_path / "launch.log", **options)
+
+
+def test_when_the_time_is_up_the_ranks_save_first(tmp_path):
+    path = script(tmp_path)
+    with pytest.raises(LaunchStopped) as stopped:
+        run(path, tmp_path, timeout=8)
+    assert sorted(file.name for file in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+    assert stopped.value.saved
+    message = str(stopped.value)
+    assert "The launch had not ended after 8 s, and its ranks were asked to end. They have saved" in message
+    last = " ".join(message.splitlines()[2:]).replace("\\", "")
+    assert last.startswith("accelerate launch --config_file") and last.endswith("--resume true")
+
+
+def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
+    path = script(tmp_path, HANGS)
+    started = time.monotonic()
+    with pytest.raises(LaunchStopped, match=r"did not say that they have saved within 2 s, and were ended"):
+        run(path, tmp_path, timeout=8, save_grace=2)
+    assert time.monotonic() - started < 40
+    assert ranks_of(path) == []
+
+
+def typed(path, tmp_path):
+    words = [
+        "launch",
+        "--config_file",
+        str(CONFIG),
+        "--log",
+        str(tmp_path / "launch.log"),
+        str(path),
+        str(tmp_path),
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "nbutils", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True, preexec_fn=as_in_a_terminal,
+    )  # fmt: skip
+
+
+def test_a_sigterm_to_the_launch_is_a_chance_to_save(tmp_path):
+    """What Slurm and clouds send before they take the machine."""
+    path = script(tmp_path)
+    launching = typed(path, tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
+    launching.send_signal(signal.SIGTERM)
+    _, said = launching.communicate(timeout=60)
+    assert launching.returncode == 75
+    assert len(list(tmp_path.glob("saved*"))) == 2
+    assert "The launch was told to end (SIGTERM), and its ranks were asked to end. They have saved" in said
+    assert "--resume true" in said and "Traceback" not in said
+    assert ranks_of(path) == []
+
+
+def test_a_sigterm_to_all_processes_at_once_lets_them_save_too(tmp_path):
+    """scancel reaches torchrun as well, which then gives its ranks the same time, and not 30 s."""
+    path = script(tmp_path)
+    launching = typed(path, tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
+    for process in ranks_of(path):
+        process.send_signal(signal.SIGTERM)
+    _, said = launching.communicate(timeout=60)
+    assert launching.returncode in (1, 75), said
+    assert len(list(tmp_path.glob("saved*"))) == 2
+    assert "--resume true" in said and "Traceback" not in said
+    assert ranks_of(path) == []

@@ -1,0 +1,106 @@
+"""The exercises: what is right passes, what is wrong is told why, and nothing shows what was expected."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+
+from nbutils.common.paths import ROOT
+from nbutils.lessons.answers import ANSWERS
+from nbutils.lessons.exercises import check
+from nbutils.lessons.judging import READ_AGAIN, digest, hashed, same, shown
+
+NOTEBOOKS = [
+    path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")) if path.stem[:2] in "00 01 02 03 06 07"
+]
+# number of the exercise: (right, wrong, words of the reason)
+ANSWERED = {
+    "00.1": (3.725, 7.45, "half"),
+    "00.2": (1.01, 0.51, "divided it by the ranks"),
+    "00.3": ({"llama32_1b", "llama31_8b"}, {"llama32_1b", "llama31_8b", "llama31_70b"}, "more than 24 GiB"),
+    "00.4": (0.0, -0.4, "Which setting"),
+    "01.1": ((8.95, 35.8), (8.95, 8.95), "frees nothing"),
+    "01.2": (
+        {"nnodes": "2", "nproc_per_node": "8", "node_rank": "1"},
+        {"nnodes": "2", "nproc_per_node": "4", "node_rank": "1"},
+        "all machines together",
+    ),
+    "01.3": (21.66, 83.64, "rank 16"),
+    "01.4": ("SHARD_GRAD_OP", "FULL_SHARD", "Which key"),
+    "02.2": (1.958, 3.916, "the cast adds two"),
+    "02.4": (True, False, "may not cast"),
+    "03.1": (14, 28, "Look at layer 2"),
+    "03.2": (3.086, 12.34, "four ranks share it"),
+    "03.3": (True, False, "two dtypes"),
+    "03.4": (202, 14, "Which line"),
+    "06.1": ((5.936, False), (0.742, True), "does not shard"),
+    "06.2": (9216, 10240, "first that does not fit"),
+    "06.3": ("backward of a layer", "wrapping", "does not depend on the rows"),
+    "06.4": ((31, 352), (4, 2048), "padding"),
+    "07.1": (2, 8, "all machines"),
+    "07.2": (150, 200, "torn"),
+    "07.3": (18.75, 2.34, "25/8"),
+    "07.4": ((1, "ValueError"), (0, "RuntimeError"), "somebody is missing"),
+}
+
+
+def test_every_exercise_is_among_these():
+    assert ANSWERED.keys() == ANSWERS.keys()
+
+
+@pytest.mark.parametrize("number", ANSWERED)
+def test_right_passes_and_wrong_is_told_why_without_the_answer(number, capsys):
+    right, wrong, reason = ANSWERED[number]
+    check(number, right)
+    assert "  OK" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match=re.escape(reason)) as told:
+        check(number, wrong)
+    printed = capsys.readouterr().out + str(told.value)
+    if isinstance(right, float | int | str) and not isinstance(right, bool) and right not in (0.0, 2):
+        assert shown(right) not in printed
+    with pytest.raises(AssertionError, match="not answered yet"):
+        check(number, (...,) if isinstance(right, tuple) else ...)
+
+
+def test_an_answer_that_nobody_foresaw_is_sent_back():
+    with pytest.raises(AssertionError, match=re.escape(READ_AGAIN)):
+        check("00.1", 123.0)
+    with pytest.raises(KeyError):
+        check("99.1", 1)
+
+
+def test_what_a_cell_worked_out_is_not_shown_either(capsys):
+    check("tensors", 56, 56)
+    with pytest.raises(AssertionError) as told:
+        check("tensors", 28, 56)
+    assert "56" not in str(told.value) + capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_hash_gives_nothing_away():
+    judge = hashed(digest("Rank 1"))
+    assert judge(" rank 1 ") == "" and judge("rank 0") == READ_AGAIN
+    assert same({"a": 1.0}, {"a": 1.001}) and not same("1", 1) and not same(True, 1)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_check_carries_its_answer(path):
+    """An expected value may be a variable that the cell has worked out, and no expression that could be copied."""
+    calls = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "check(" in cell.source and "# solution begin" in cell.source:
+            tree = ast.parse(cell.source)
+            calls += [
+                n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "check"
+            ]
+    assert len(calls) >= 3
+    for call in calls:
+        assert len(call.args) == 2 or isinstance(call.args[2], ast.Name | ast.Call), ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_are_short(path):
+    """25 lines at most; a script that is written out whole may be longer."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "%%writefile" not in cell.source:
+            assert len(cell.source.splitlines()) <= 25, f"cell {cell.id}"

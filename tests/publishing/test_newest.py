@@ -1,0 +1,139 @@
+"""`make newest`: each state is told apart, the culprit is the package that heals, and nothing tested is touched."""
+
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from nbutils.common.versions import locked_versions
+from nbutils.publishing import newest, newest_environment, newest_items, newest_report
+from nbutils.publishing.newest_environment import Environment
+from nbutils.publishing.newest_items import BROKEN, DRIFTED, NOT_REACHED, OBSOLETE, SAME, Item
+from nbutils.publishing.refresh import NOTEBOOK_METADATA
+
+NOTHING_RAISED = (
+    "from nbutils.lessons.intended_failures import expect_failure\n"
+    "with expect_failure(ValueError, 'uniform dtype'):\n    pass"
+)
+OTHER_WORDS = NOTHING_RAISED.replace("pass", "raise ValueError('one dtype, please')")
+CELLS = {  # name of a notebook: source and committed output of its cells
+    "10_same": [("print('loss 4.03')", "loss 4.01\n")],
+    "11_drifted": [
+        ("print('loss 4.50')", "loss 4.01\n")
+    ],  # off by 12 %: more than another processor's rounding
+    "12_nothing_raised": [(NOTHING_RAISED, ""), ("print('to the end')", "to the end\n")],
+    "13_other_words": [(OTHER_WORDS, "")],
+    "14_broken": [("import no_such_module", ""), ("print('to the end')", "changed\n")],
+    "15_waits_for_04": [(f"raise FileNotFoundError('x: {newest_items.NO_RUN}')", "")],
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Environment:
+    """The tested environment, in a copy of the repository whose notebooks are those of `CELLS`."""
+    tree = tmp_path_factory.mktemp("newest") / "tree"
+    newest_environment.copy_repository(tree)
+    (tree / "runs").mkdir(exist_ok=True)
+    for name, cells in CELLS.items():
+        code = [new_code_cell(source, execution_count=1) for source, _ in cells]
+        for cell, (_, said) in zip(code, cells):
+            cell.outputs = [new_output("stream", name="stdout", text=said)] if said else []
+        parameters = new_code_cell("run_dir: str = ''  # folder", metadata={"tags": ["parameters"]})
+        parameters.execution_count = 1
+        notebook = new_notebook(cells=[parameters, *code], metadata=NOTEBOOK_METADATA)
+        nbformat.write(notebook, tree / "notebooks" / f"{name}.ipynb")
+    return Environment(Path(sys.executable), tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "words"),
+    [
+        ("10_same", SAME, []),
+        ("11_drifted", DRIFTED, ["said 4.01, now says 4.50"]),
+        ("12_nothing_raised", OBSOLETE, ["nothing was raised"]),
+        ("13_other_words", OBSOLETE, ["with other words"]),
+        ("14_broken", BROKEN, ["cell 2: ModuleNotFoundError", "said 'changed', now says 'to the end'"]),
+        ("15_waits_for_04", NOT_REACHED, ["cell 2: FileNotFoundError"]),
+    ],
+)
+def test_each_state_of_a_lesson_is_told_apart(here, name, state, words):
+    item = newest_items.lesson(f"{name}.ipynb", here)
+    assert item.state == state, item.details
+    assert all(any(word in detail for detail in item.details) for word in words), item.details
+
+
+def test_a_notebook_that_cannot_be_executed_is_broken(here):
+    item = newest_items.lesson("99_nothing.ipynb", here)
+    assert item.state == BROKEN and "99_nothing.ipynb" in item.details[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "state"),
+    [
+        ("def check(): pass\ndef still_needed(): return True", SAME),
+        ("def check(): pass\ndef still_needed(): return False", OBSOLETE),
+        ("def check(): raise RuntimeError('save_on_cpu is gone')", BROKEN),
+    ],
+)
+def test_a_patch_is_asked_for_its_target_and_its_need(here, body, state):
+    (here.tree / "nbutils/patches/of_the_test.py").write_text(body + "\n")
+    item = newest_items.patch("of_the_test", here)
+    assert item.state == state
+    assert state != BROKEN or "save_on_cpu is gone" in item.details[0]
+
+
+def test_the_culprit_is_the_package_that_heals_when_it_is_put_back(here, tmp_path):
+    """Both packages are new, and the fault is in one: what is put in front of it decides."""
+    for package, answer in {"torch": 1, "transformers": 0}.items():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "probe.py").write_text(f"faulty = {answer}\n")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/probe.py").write_text("faulty = 1\n")
+    environment = Environment(here.python, here.tree, (tmp_path / "new",))
+
+    def look(where: Environment) -> Item:
+        done = where.run("-c", "import probe, sys; sys.exit(probe.faulty)", timeout=60)
+        return Item("probe", BROKEN if done.returncode else SAME)
+
+    packages = ["torch", "transformers"]
+    assert newest.find_culprit(look(environment), look, environment, packages, tmp_path) == "transformers"
+    assert (
+        newest.find_culprit(look(environment), look, environment, ["torch"], tmp_path) == "no single package"
+    )
+
+
+def test_training_is_the_same_only_with_the_same_adapter():
+    one = {"sha256": "a" * 64, "losses": {"loss_last": 3.5}, "warnings": ["UserWarning: old"]}
+    other = one | {"sha256": "b" * 64, "losses": {"loss_last": 3.6}, "warnings": ["UserWarning: new"]}
+    assert newest_items.compare_training("t", one, one).state == SAME
+    drifted = newest_items.compare_training("t", one, other)
+    assert drifted.state == DRIFTED and "3.5 → 3.6" in drifted.details[0]
+    assert drifted.details[1:] == ["New warning: UserWarning: new"]
+
+
+def test_what_is_newer_than_the_lock_is_named_whatever_the_build(tmp_path):
+    locked = locked_versions()
+    installed = {"torch": f"{locked['torch']}+cpu", "peft": "99.0", "no-such-package": "1.0"}
+    assert newest_environment.changed(installed) == {"peft": (locked["peft"], "99.0")}
+    newest.write_lock(installed, tmp_path)
+    assert "+peft==99.0" in (tmp_path / "lock.diff").read_text().splitlines()
+    assert "torch==2" in (tmp_path / "lock.txt").read_text()
+
+
+def test_the_report_says_the_same_to_people_and_programs(tmp_path):
+    about = {
+        "provenance": {"date": "2026-01-01", "commit": "abc", "machine": {"cpu": "a CPU", "cpus": 2}},
+        "changed": {"peft": ("0.21", "99.0")},
+        "pip_check": ["x needs y"],
+    }
+    items = [Item("lesson 10", SAME), Item("lesson 11", DRIFTED, ["said a | b, now says c"], "peft")]
+    text = newest_report.write(tmp_path, about, items).read_text()
+    assert "| lesson 11 | DRIFTED | peft |" in text and "| peft | 0.21 | 99.0 |" in text
+    assert "said a \\| b, now says c" in text and "x needs y" in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["state"] for row in report["items"]] == [SAME, DRIFTED]
+    assert newest_report.fingerprint(report) == [["lesson 10", SAME, ""], ["lesson 11", DRIFTED, "peft"]]
+    assert not list(tmp_path.glob(".report*"))
