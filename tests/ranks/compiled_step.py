@@ -1,5 +1,7 @@
 """One training step under FSDP 2, eager and with compiled layers: gradients, multiplications, graphs, graph breaks.
 
+And steps of packed rows: graphs after each.
+
 Run as: python tests/ranks/compiled_step.py FOLDER      (the tests do it)
 
 A process of its own, because `compile_layers` changes bitsandbytes for the whole process. What was seen goes to
@@ -19,10 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import profile
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
 from nbutils.models.loading import load_nf4
 from nbutils.training.compiled_layers import compile_layers
+from nbutils.training.packed_attention import attend_within_rows
 from nbutils.training.prep import prepare_for_fsdp_qlora
 
 LAYERS = 12  # more than the eight compilations of one function after which torch.compile gives up
@@ -74,6 +78,20 @@ def multiplications(model: nn.Module) -> int:
     return sum(event.count for event in seen.key_averages() if event.key == MULTIPLICATION)
 
 
+def graphs_of_packed_rows(model: nn.Module) -> list[int]:
+    """Graphs made so far, after each of several batches of packed rows; their number and lengths differ each time."""
+    attend_within_rows(model.base_model.model)
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    random = torch.Generator().manual_seed(0)
+    graphs = []
+    for rows in (3, 5, 4, 7, 2, 6, 1, 9):
+        lengths = torch.randint(2, 40, (rows,), generator=random).tolist()
+        model(**collate([{"input_ids": list(range(n))} for n in lengths]), use_cache=False).loss.backward()
+        model.zero_grad()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
 def main(folder: Path) -> None:
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     keep_four_bit_weights_in_order()
@@ -91,6 +109,7 @@ def main(folder: Path) -> None:
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": {reason[:300]: count for reason, count in counters["graph_break"].items()},
     }
+    seen["packed_graphs"] = graphs_of_packed_rows(compiled)
     (folder / "seen.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
 

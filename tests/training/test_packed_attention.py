@@ -1,15 +1,22 @@
 """Packed rows: loss, gradients and logits are those of the same rows on their own; no row sees another one."""
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from training_runs import run, train
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from nbutils.common.paths import ROOT
+from nbutils.common.progress_file import read_progress
 from nbutils.common.refused import Refused
 from nbutils.training import packed_attention
 from nbutils.training.packed_attention import attend_within_rows, refuse_packing
@@ -138,3 +145,80 @@ def test_packing_that_mixes_rows_or_held_out_losses_is_refused(tmp_path):
         asked()  # TRL packs the held-out rows if nothing is said
     with pytest.raises(Refused, match="packing_strategy is wrapped; wanted bfd"):
         asked(eval_packing=False, packing_strategy="wrapped")
+
+
+# ---- on two ranks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What tests/ranks/packed_step.py saw on its two ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    command = [sys.executable, str(ROOT / "tests/ranks/packed_step.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_under_fsdp_a_pack_has_loss_and_gradients_of_its_rows(sharded, version):
+    for rank in sharded:
+        seen = rank[version]
+        assert seen["tokens"] > 25 and seen["gradients"] == 2 * 7 * 2 and seen["smallest_norm"] > 0
+        assert seen["loss"] < 1e-5
+        assert seen["furthest"] < 1e-5  # of a gradient's norm
+
+
+WAYS = {  # fourteen rows, or four packs, a step: ranks, rows or packs a rank, steps that are one, packed
+    "two ranks": (2, 7, 1, False),
+    "accumulated": (2, 1, 7, False),
+    "packed": (2, 2, 1, True),
+    "one rank": (1, 14, 1, False),
+    "one rank, packed": (1, 4, 1, True),
+    "one rank, packed, accumulated": (1, 2, 2, True),
+}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """The real script: the loss of each of three steps, and the held-out loss before them, in each way."""
+    folder = tmp_path_factory.mktemp("losses")
+    rows = (ROOT / "data/instructions/train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "fourteen.jsonl").write_text("".join(rows[:14]))
+    same = {
+        "dataset": folder / "fourteen.jsonl",
+        "max_steps": 3,
+        "max_length": 512,
+        "lora_dropout": 0,
+        "logging_steps": 1,
+        "per_device_eval_batch_size": 1,
+    }
+    more = same | {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no", "warmup_steps": 0}
+    plan = [
+        run(
+            folder, name, name.replace(", ", "_").replace(" ", "_"), fsdp=2, world=world, **more,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, packing=str(packed).lower(),
+        )
+        for name, (world, batch, accumulated, packed) in WAYS.items()
+    ]  # fmt: skip
+    seen = train(folder, plan)
+    for name in WAYS:
+        assert set(seen[name]["status"]) == {0}, seen[name]["output"]
+    return {name: read_progress(folder / name.replace(", ", "_").replace(" ", "_")) for name in WAYS}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", WAYS)
+def test_the_loss_is_a_mean_over_tokens_packed_or_not_accumulated_or_not_on_one_rank_or_two(losses, name):
+    """A mean over rows, packs or ranks would be another number: the rows' answers are of all lengths."""
+    trained = [line["loss"] for line in losses[name] if "loss" in line]
+    expected = [line["loss"] for line in losses["two ranks"] if "loss" in line]
+    assert len(trained) == 3 and trained[0] != trained[-1]
+    assert trained == pytest.approx(expected, abs=0.01)  # bf16
+    before = [
+        next(line["eval_loss"] for line in losses[way] if "eval_loss" in line) for way in (name, "two ranks")
+    ]
+    assert before[0] == pytest.approx(before[1], abs=0.005)

@@ -177,6 +177,12 @@ def test_all_layers_share_few_graphs_and_none_breaks(compiled):
     assert 1 <= compiled["graphs"] <= 4
 
 
+def test_packed_rows_of_all_lengths_are_compiled_for_in_the_first_steps_alone(compiled):
+    graphs = compiled["packed_graphs"]
+    assert len(graphs) == 8 and graphs[0] > compiled["graphs"]
+    assert len(set(graphs[2:])) == 1, graphs
+
+
 def test_a_checkpoint_leaves_the_last_projection_out(compiled):
     layers, products = compiled["layers"], compiled["products"]
     assert products["eager"] == 2 * 7 * layers
