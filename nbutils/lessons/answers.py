@@ -44,7 +44,7 @@ def _loss_stays(change) -> str:
 
 
 def _models_that_fit(yours) -> str:
-    wanted = {name for name, m in MODELS.items() if m.gpu_needed and gpu_gib(m, 2, offload=False) <= 24}
+    wanted = {name for name, m in MODELS.items() if name != "tiny" and gpu_gib(m, 2, False) <= 24}
     for name in set(yours) - {"tiny"}:
         if name not in wanted:
             return f"Look at the column *GiB a GPU* of {name} once more."
