@@ -42,10 +42,10 @@ def _data(options: argparse.Namespace) -> int:
     model = str(ROOT / model_path(options.model)) if options.model in NAMES else options.model
     try:
         tokenizer = load_tokenizer(model)
-    except OSError as problem:  # transformers': many lines on the hub, whatever was typed
+    except (OSError, ValueError) as problem:  # of transformers: many lines, whatever was typed
         first = next(iter(str(problem).splitlines()), "")
         raise Refused(
-            f"The tokenizer of {options.model} cannot be read ({first}). Wanted: {', '.join(NAMES)}, a local folder "
+            f"The tokenizer of {options.model} cannot be used ({first}). Wanted: {', '.join(NAMES)}, a local folder "
             "with tokenizer.json, or a hub id."
         ) from None
     return report(options, tokenizer)
