@@ -44,6 +44,7 @@ class ResumableTrainer(TokenMeanTrainer):
     """
 
     def __init__(self, *args, base: str | None = None, **kwargs):
+        self._given = kwargs["train_dataset"], kwargs.get("eval_dataset")
         super().__init__(*args, **kwargs)
         refuse_what_checkpoints_do_not_serve(self.args)
         self._base = base
@@ -52,7 +53,7 @@ class ResumableTrainer(TokenMeanTrainer):
     @cached_property
     def facts(self) -> dict:
         """Of this run, for its checkpoints."""
-        return run_facts(self, self._base and base_digest(self._base))
+        return run_facts(self, self._base and base_digest(self._base), *self._given)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         try:
