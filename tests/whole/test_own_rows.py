@@ -13,25 +13,6 @@ from nbutils.models.tiny import tiny_base
 
 ROWS, LENGTH, STEPS = 2_000, 128, 8
 WORDS = "the a of to bread river stone lamp winter cat sings opens under every small green ünder 水"
-    "the",
-    "a",
-    "of",
-    "to",
-    "bread",
-    "river",
-    "stone",
-    "lamp",
-    "winter",
-    "cat",
-    "sings",
-    "opens",
-    "under",
-    "every",
-    "small",
-    "green",
-    "ünder",
-    "水",
-]
 
 
 def chats(seed: int = 0) -> list[dict]:
