@@ -34,7 +34,7 @@ def settings_of(params: str, **more) -> dict:
 def test_a_night_of_70b_by_hand():
     """20,000 chats of 182 tokens on average, twice, at 400 tokens a second."""
     ahead = whole_run(
-        settings_of("llama31_70b_2x24gb_fastest.yaml", epochs=2.0), 20_000, 3_640_000, 2, SEVENTY, 400.0
+        settings_of("llama31_70b_2x24gb_fastest.yaml", epochs=2), 20_000, 3_640_000, 2, SEVENTY, 400.0
     )
     assert ahead.rows_a_step == 4 * 2 * 2 == 16
     assert ahead.steps_an_epoch == 20_000 / 16 == 1_250
