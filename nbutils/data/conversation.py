@@ -12,7 +12,7 @@ class Conversation:
         learned: for each turn, whether it is an answer to learn.
         text: plain text, all of which is learned, in place of turns.
         where: file and row, for a sentence.
-        left_out: names of columns and keys that stand in the row and are not used.
+        left_out: what stands in the row and is not used: columns and keys, and turns that follow the last answer.
     """
 
     turns: list[dict[str, str]] = field(default_factory=list)

@@ -70,6 +70,8 @@ def _conversation(turns: list[Turn], where: str, left_out: frozenset[str]) -> Co
             "each of its answers is marked as not to be learned, so there is nothing to train on. Take the row out.",
         )
     kept = turns[: last + 1]
+    if len(kept) < len(turns):
+        left_out |= {"turns after the last answer"}
     return Conversation(
         turns=[{"role": role, "content": content} for role, content, _ in kept],
         learned=[learned for _, _, learned in kept],

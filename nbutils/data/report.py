@@ -41,7 +41,7 @@ class DataReport:
         emptied: rows that keep nothing to learn.
         duplicates: conversations that stand in the file already.
         refused: how many rows for each reason.
-        left_out: columns of bookkeeping.
+        left_out: what stands in the rows and is not used.
         lengths: tokens of each kept row before it is cut.
         padded: an epoch of rows as they come.
         packed: an epoch of packs.

@@ -54,7 +54,7 @@ def _counts(report: DataReport) -> str:
         ),
         ("rows that keep nothing to learn, left out", f"{report.emptied:,}"),
         ("rows refused", f"{sum(report.refused.values()):,}"),
-        ("columns not used, as bookkeeping", ", ".join(report.left_out) or "none"),
+        ("not used of the rows", ", ".join(report.left_out) or "none"),
     ]
     return "\n".join([report.source, *(f"  {name:42} {value:>12}" for name, value in lines)])
 

@@ -190,7 +190,7 @@ def refuse_settings(training, conversations: list[Conversation]) -> None:
 def _say_what_is_left_out(conversations: list[Conversation]) -> None:
     names = sorted(set().union(*(conversation.left_out for conversation in conversations)))
     if names and rank() == 0:
-        print(f"Not used of the rows, as bookkeeping: {', '.join(names)}.", flush=True)
+        print(f"Not used of the rows: {', '.join(names)}.", flush=True)
 
 
 def _refuse_emptied(shortened: Cut, rows: list[Row], called: str, lost: str, max_length: int | None) -> None:

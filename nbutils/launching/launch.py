@@ -217,8 +217,8 @@ class _Run:
             ranks.end()
         self.seconds = time.monotonic() - started
         status = launcher.returncode
-        self.display.close(self.lines(), self.seconds, ok=status == 0)
-        if status == 0:
+        self.display.close(self.lines(), self.seconds, ok=status == 0 and ended_alone)
+        if status == 0 and ended_alone:  # torchrun may end with 0 after a SIGTERM of ours
             return None
         saved = ended_alone and saved_to_resume(self.log)
         if saved or stop.why:

@@ -4,6 +4,7 @@ from nbutils.lessons.config_at_70b import gradient_ratio
 from nbutils.lessons.judging import READ_AGAIN, Judge, equal_to, hashed, shown
 from nbutils.planning.memory_items import GIB, quantisation_state_bytes
 from nbutils.planning.memory_plan import Plan, fits, plan
+from nbutils.planning.model_needs import MODELS, gpu_gib
 from nbutils.planning.network_traffic import LINKS, bytes_between_machines
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
@@ -40,6 +41,14 @@ def _loss_stays(change) -> str:
     return (
         f"The loss moved by {shown(float(change))}. Which setting says how long a step of the optimizer is?"
     )
+
+
+def _models_that_fit(yours) -> str:
+    wanted = {name for name, m in MODELS.items() if name != "tiny" and gpu_gib(m, 2, False) <= 24}
+    for name in set(yours) - {"tiny"}:
+        if name not in wanted:
+            return f"Look at the column *GiB a GPU* of {name} once more."
+    return "" if wanted <= set(yours) else "One more fits."
 
 
 def _room_for_chats(batch: int, length: int) -> float:
@@ -91,14 +100,7 @@ ANSWERS: dict[str, Judge] = {
         },
     ),
     "00.2": equal_to(_seventy_scales, {0.51: "You divided it by the ranks. Is it a parameter?"}),
-    "00.3": equal_to(
-        lambda: {"llama32_1b", "llama31_8b"},
-        {
-            frozenset(
-                ("llama32_1b", "llama31_8b", "llama31_70b")
-            ): "The 70B needs more than 24 GiB without offload."
-        },
-    ),
+    "00.3": _models_that_fit,
     "00.4": _loss_stays,
     "01.1": equal_to(
         lambda: (35.8 / 4, 35.8),

@@ -1,9 +1,6 @@
 """The course at a glance, kept as data: what each notebook answers, how long it takes, what it needs."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-FOLDER = Path("notebooks")
 
 
 @dataclass(frozen=True)
@@ -25,10 +22,6 @@ class Lesson:
     reading: int
     exercises: int
     needs: str
-
-    def state(self) -> str:
-        """Empty if the notebook is there, else a remark."""
-        return "" if (FOLDER / f"{self.name}.ipynb").is_file() else "not written yet"
 
 
 LESSONS = [

@@ -29,6 +29,7 @@ def draw_loss(progress: list[dict]) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 2.4))
     axes.plot(*zip(*losses))
     axes.set(xlabel="optimizer step", ylabel="training loss, nats a token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     first, last = losses[0], losses[-1]
     said = f"from {first[1]:.3f} at step {first[0]} to {last[1]:.3f} at step {last[0]}"
     plots.show(figure, f"The training loss of each of {len(losses)} steps goes {said}.")

@@ -125,7 +125,7 @@ def file_of_each_tensor(folder: Path) -> dict[str, str]:
                 return dict.fromkeys(file.keys(), SINGLE)
         except SafetensorError as problem:
             raise BadCheckpoint(
-                f"{folder / SINGLE} is cut short or damaged ({problem}). Download it again."
+                f"{SINGLE} in {folder} is cut short or damaged ({problem}). Download it again."
             ) from None
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     raise BadCheckpoint(

@@ -19,9 +19,7 @@ def measured_links(file: str | Path = "runs/links.json") -> dict[str, float]:
     """
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no {path}: type `python -m nbutils links` first; it takes a minute."
-        )
+        raise FileNotFoundError(f"There is no {path}: type `python -m nbutils links` first.")
     ranks = json.loads(path.read_text(encoding="utf-8"))["ranks"]
     names = {"host_gbs": "host_to_device_gbs", "between_gbs": "between_gbs", "tflops": "tflops"}
     slowest = {

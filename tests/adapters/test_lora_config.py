@@ -12,6 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nbutils.adapters import lora_config
+from nbutils.adapters.checkpoint_folder import rank_file, save_pieces, write_checkpoint
+from nbutils.adapters.export import export_adapter
+from nbutils.adapters.logits import compare_with_record, record_logits
 from nbutils.adapters.lora_config import IMPLEMENTED, WITHOUT_EFFECT, UnsupportedAdapter, read_lora_config
 from nbutils.adapters.merge import merge
 from nbutils.adapters.merge_plan import MergeError
@@ -197,8 +200,6 @@ def test_another_kind_of_adapter_is_refused_in_a_sentence(tmp_path, kind):
 
 
 def test_use_refuses_as_merge_does(base, tmp_path):
-    from nbutils.adapters.logits import compare_with_record, record_logits
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapter = make_adapter(base, tmp_path / "adapter", init_lora_weights="pissa")
@@ -206,3 +207,25 @@ def test_use_refuses_as_merge_does(base, tmp_path):
     record_logits(PeftModel.from_pretrained(load(base), adapter), TOKENS, asked.file)
     with pytest.raises(UnsupportedAdapter, match="pissa"):
         compare_with_record(load(base), adapter, asked.file)
+
+
+@pytest.mark.parametrize(("start", "refused"), [("pissa", True), ("gaussian", False)])
+def test_export_refuses_as_merge_does(base, tmp_path, start, refused):
+    chosen = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": start, "inference_mode": True}
+    config = LoraConfig(**chosen)
+    model = get_peft_model(load(base), config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+
+    def write(folder):
+        save_pieces(folder / rank_file(0), model, {}, {})
+        config.save_pretrained(folder)
+        (folder / "trainer_state.json").write_text('{"global_step": 3}')
+
+    write_checkpoint(tmp_path / "checkpoint-3", write, {"world_size": 1})
+    if not refused:
+        assert export_adapter(tmp_path / "checkpoint-3", tmp_path / "adapter")["step"] == 3
+        return
+    with pytest.raises(UnsupportedAdapter, match="pissa"):
+        export_adapter(tmp_path / "checkpoint-3", tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]

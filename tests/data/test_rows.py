@@ -100,6 +100,7 @@ def test_a_chat_of_several_answers_is_one_row(tmp_path):
     assert conversation.learned == [False, True, False, True]
     assert conversation.turns == TURNS + TURNS, "what follows the last answer cannot be learned"
     assert conversation.question == TURNS[:1]
+    assert conversation.left_out == {"turns after the last answer"}
 
 
 def test_a_share_gpt_row_is_read(tmp_path):

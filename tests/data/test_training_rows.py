@@ -116,9 +116,10 @@ def test_text_begins_and_ends_once(tokenizers, tmp_path, name, begins):
         assert row["labels"] == row["input_ids"]
 
 
-def test_a_template_that_begins_twice_is_refused(tmp_path):
+@pytest.mark.parametrize("more", ["{{ bos_token }}", "<|begin_of_text|>"])
+def test_a_template_that_begins_twice_is_refused(tmp_path, more):
     tokenizer = chats.tokenizers()["llama"]
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.chat_template = more + tokenizer.chat_template
     with pytest.raises(
         Refused, match=r"row 1: <\|begin_of_text\|> stands 2 times in the rendered row; wanted once"
     ):
@@ -166,7 +167,7 @@ def test_a_row_without_a_label_left_never_reaches_a_pack(tokenizers, tmp_path, c
 
 def test_what_is_not_used_is_said(tokenizers, tmp_path, capsys):
     look(tokenizers["llama"], tmp_path, [{**turns("Q", "A."), "topic": "letters", "id": 7}])
-    assert "Not used of the rows, as bookkeeping: id, topic." in capsys.readouterr().out
+    assert "Not used of the rows: id, topic." in capsys.readouterr().out
 
 
 def test_prompts_are_learned_too_if_that_is_asked_for(tokenizers, tmp_path):

@@ -29,7 +29,8 @@ def test_a_process_that_got_the_number_of_a_dead_rank_is_left_alone():
         tree.end()
         assert launcher.poll() is not None
         assert stranger.poll() is None
-        assert [child.name() for child in psutil.Process(stranger.pid).children()] == ["sleep"]
+        children = psutil.Process(stranger.pid).children()
+        assert [(child.name(), child.status()) for child in children] == [("sleep", psutil.STATUS_SLEEPING)]
     finally:
         for child in psutil.Process(stranger.pid).children():
             child.kill()

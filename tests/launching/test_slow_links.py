@@ -6,6 +6,7 @@ import json
 import pytest
 
 from nbutils.launching.dry_run import dry_run
+from nbutils.launching.dry_run_settings import DryRun
 from nbutils.planning.shapes import shape_of
 
 pytestmark = pytest.mark.launch
@@ -17,15 +18,9 @@ def test_each_gathered_byte_takes_its_time(tmp_path, monkeypatch, version):
     monkeypatch.setenv("NBUTILS_LINK_GBS", f"0,{SLOW}")
     monkeypatch.setenv("NBUTILS_LINK_STEPS", str(STEPS))
     config = f"configs/accelerate/rehearsal_fsdp{version}.yaml"
-    result = dry_run(
-        shape_of("tiny"),
-        config,
-        length=64,
-        steps=2 * STEPS,
-        run_dir=tmp_path,
-        folder=tmp_path / "weights",
-        show=False,
-    )
+    weights, steps = tmp_path / "weights", 2 * STEPS
+    asked = DryRun(shape_of("tiny"), config, length=64, steps=steps, run_dir=tmp_path, folder=weights)
+    result = dry_run(asked, show=False)
     assert result["outcome"] == "ok", result.get("error")
     lines = [json.loads(line) for line in (tmp_path / "ranks/rank0.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["phase"] == "step"]

@@ -69,7 +69,7 @@ def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
 def typed(path, tmp_path):
     words = [
         "launch",
-        "--config_file",
+        "--config",
         str(CONFIG),
         "--log",
         str(tmp_path / "launch.log"),

@@ -10,6 +10,7 @@ from nbutils.common.paths import ROOT
 from nbutils.lessons.answers import ANSWERS
 from nbutils.lessons.exercises import check
 from nbutils.lessons.judging import READ_AGAIN, digest, hashed, same, shown
+from nbutils.planning.model_needs import MODELS
 
 NOTEBOOKS = [
     path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")) if path.stem[:2] in "00 01 02 03 06 07"
@@ -18,7 +19,11 @@ NOTEBOOKS = [
 ANSWERED = {
     "00.1": (3.725, 7.45, "half"),
     "00.2": (1.01, 0.51, "divided it by the ranks"),
-    "00.3": ({"llama32_1b", "llama31_8b"}, {"llama32_1b", "llama31_8b", "llama31_70b"}, "more than 24 GiB"),
+    "00.3": (
+        {name for name in MODELS if name not in ("tiny", "llama31_70b")},
+        {"llama32_1b", "llama31_8b", "llama31_70b"},
+        "llama31_70b once more",
+    ),
     "00.4": (0.0, -0.4, "Which setting"),
     "01.1": ((8.95, 35.8), (8.95, 8.95), "frees nothing"),
     "01.2": (

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -27,6 +28,13 @@ def fragments(message: str) -> list[str]:
     return [part.strip(" `") for part in re.split(r"\.\.\.|`", message) if part.strip(" `")]
 
 
+def text_of(file: Path, tree: ast.Module) -> str:
+    """A test, and the tables in `tests/` that it imports."""
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    tables = [ROOT / "tests" / f"{module.replace('.', '/')}.py" for module in modules]
+    return "".join(path.read_text() for path in (file, *tables) if path.is_file())
+
+
 def said_by_cell(tag: str) -> str:
     cells = [
         cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if tag in cell.metadata.get("tags", [])
@@ -39,14 +47,10 @@ def said_by_cell(tag: str) -> str:
 def test_each_proof_exists_and_shows_the_message(trouble):
     if trouble.proof.startswith("tests/"):
         file, _, name = trouble.proof.partition("::")
-        functions = {
-            node.name
-            for node in ast.walk(ast.parse((ROOT / file).read_text()))
-            if isinstance(node, ast.FunctionDef)
-        }
-        assert name in functions
+        tree = ast.parse((ROOT / file).read_text())
+        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         if not trouble.message.startswith("("):  # the test wants these words, in a pattern or as they are
-            text = (ROOT / file).read_text().replace("\\", "")
+            text = text_of(ROOT / file, tree).replace("\\", "")
             assert all(part in text for part in fragments(trouble.message)), trouble.message
     elif trouble.proof.startswith(CELL):
         said = said_by_cell(trouble.proof.removeprefix(CELL))
@@ -78,7 +82,7 @@ def test_the_page_is_made_of_the_data():
             "saving:\n- {message: a, where: b, cause: c, fix: d}\n",
             "missing 1 required positional argument: 'proof'",
         ),
-        ("saving:\n- {message: a, fix: d}\n", "unexpected keyword argument 'mend'"),
+        ("saving:\n- {message: a, cure: d}\n", "unexpected keyword argument 'cure'"),
     ],
 )
 def test_a_key_that_is_wrong_is_named(tmp_path, text, said):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nbutils.common.paths import ROOT
 from nbutils.launching.out_of_memory import advice, settings_of
 from nbutils.lessons.scale_figures import plan_of
 from nbutils.planning.memory_items import (
@@ -22,7 +23,7 @@ from nbutils.planning.model_needs import MODELS, gpu_gib
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES, config_of, shape_of
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 RUNS = {
     path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text())
     for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("each_change/*.json")])
@@ -136,14 +137,14 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("config", ["config_fsdp.yaml", "config_fsdp2.yaml"])
 def test_the_setup_comes_from_the_config_files(config):
-    folder = Path(__file__).parents[2] / "configs" / "accelerate"
+    folder = ROOT / "configs" / "accelerate"
     setup = Setup.read(folder / config)
     assert (setup.fsdp_version, setup.offload) == ((1, True) if config == "config_fsdp.yaml" else (2, False))
     assert setup.world_size == 2 and setup.reshard
 
 
 def test_hybrid_sharding_frees_what_it_gathered_as_full_sharding_does():
-    folder = RESULTS.parents[1] / "configs" / "machines"
+    folder = ROOT / "configs" / "machines"
     hybrid, full = (Setup.read(folder / f"two_machines_{name}.yaml") for name in ("hybrid", "fsdp1"))
     assert hybrid.reshard and hybrid == replace(full, world_size=2)  # shared by the ranks of one machine
 
@@ -205,7 +206,7 @@ def test_the_least_that_one_gpu_needs_is_not_less_for_offload():
     assert gpu_gib(big, 2, offload=True) < 24
 
 
-EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
 
 
 def test_the_evidence_shows_what_was_recorded():
@@ -267,7 +268,7 @@ def test_fsdp2_begins_with_the_loss_of_fsdp1_and_the_evidence_says_what_it_was_b
 
 
 def test_the_goals_fit_where_they_say():
-    goals = RESULTS.parents[1] / "configs" / "goals"
+    goals = ROOT / "configs" / "goals"
     cases = {
         "fewest_bytes": (True, 1, 1024, 22.5), "fastest_2x24gb": (True, 4, 2048, 22.5),
         "resident_2x24gb": (False, 2, 2048, 22.5), "longest_context": (True, 1, 32768, 22.5),
@@ -290,7 +291,7 @@ def settings_of_70b(folder: Path) -> tuple[list[str], Path]:
         "num_key_value_heads": 8, "vocab_size": 128256,
     }))  # fmt: skip
     words = ["--model", str(folder), "--per_device_train_batch_size", "2", "--max_length", "2048"]
-    return words, RESULTS.parents[1] / "configs" / "accelerate" / "config_fsdp2.yaml"
+    return words, ROOT / "configs" / "accelerate" / "config_fsdp2.yaml"
 
 
 def test_what_to_change_after_running_out_of_memory_knows_the_settings(tmp_path):

@@ -90,7 +90,7 @@ BAD = {
     ),
     "merge: damaged base": (
         "merge {in}/base_cut {in}/adapter {out}",
-        "base_cut/model.safetensors is cut short or damaged",
+        "model.safetensors in {in}/base_cut is cut short or damaged",
     ),
     "merge: damaged index": (
         "merge {in}/base_bad_index {in}/adapter {out}",
@@ -122,7 +122,7 @@ BAD = {
     ),
     "quantise: no such folder": ("quantise /nonexistent {out}", "There is no folder /nonexistent."),
     "quantise: empty folder": ("quantise {in}/empty {out}", "empty holds no config.json; wanted a model"),
-    "quantise: damaged base": ("quantise {in}/base_cut {out}", "{in}/base_cut/model.safetensors is cut"),
+    "quantise: damaged base": ("quantise {in}/base_cut {out}", "model.safetensors in {in}/base_cut is cut"),
     "quantise: a file in the way": (
         "quantise {in}/base {in}/file/out",
         "/file/out.partial cannot be read or written: Not a directory.",

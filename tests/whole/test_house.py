@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -79,6 +80,25 @@ def test_the_launcher_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_the_map_of_the_house_is_that_of_the_code():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs/house_map.py"))["redrawn"](page) == page, (
+        "python docs/house_map.py"
+    )
+
+
+def test_readme_names_every_room():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("\n## ")[0]
+    rooms = {path.parent.name for path in (ROOT / "nbutils").glob("*/__init__.py")}
+    assert set(re.findall(r"^ {6}(\w+)/", tree, re.MULTILINE)) == rooms
+
+
+def test_every_suite_that_contributing_names_exists():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w./*]+)`", page)
+    assert [name for name in named if not list(ROOT.glob(name))] == []
 
 
 # ---------------------------------------------------------------- what is private, and what is somebody else's
@@ -174,6 +194,14 @@ def test_foreign_code_is_changed_in_patches_alone():
     found = {name: changes_of_others(name, text) for name, text in package}
     assert [fault for name, faults in found.items() if not name.startswith(allowed) for fault in faults] == []
     assert any(found[name] for name in found if name.startswith("nbutils/patches/"))  # so it is seen at all
+
+
+def test_every_patch_says_what_upstream_it_waits_for():
+    page = (ROOT / "docs/upstream.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:nbutils|docs|benchmarks)/[\w./]+)`", page)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    patches = [f"nbutils/patches/{path.name}" for path in (ROOT / "nbutils/patches").glob("[a-z]*.py")]
+    assert [path for path in patches if path not in named] == []
 
 
 # ---------------------------------------------------------------- files that can be read
