@@ -15,7 +15,7 @@ from nbutils.common.refused import Refused
 
 # What decides how a run goes: every record names their versions.
 STACK = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors")
-RECORDED_ON_GPUS = {"torch": "2.11.0"}  # benchmarks/results; the lock's version was run on CPUs only
+RECORDED_ON_GPUS = {"torch": "2.11.0"}  # of most records in benchmarks/results; the lock's is that of few
 UNTESTED = "NBUTILS_UNTESTED"  # the environment variable that turns the refusal of versions into a sentence
 # What executes and shows the notebooks besides.
 TOOLS = ("papermill", "nbclient", "jupyterlab", "matplotlib")

@@ -1,7 +1,14 @@
-"""Activations that wait in host memory, copied there and back beside the computation."""
+"""Activations that wait in host memory, copied there and back beside the computation.
+
+Changes `save_on_cpu` of `transformers.modeling_utils`, which is torch's. Needed while torch copies on the stream that
+computes (pytorch/pytorch#106360, open). Ran with transformers 5.23 and torch 2.11 and 2.13.
+"""
 
 import torch
 import transformers.modeling_utils
+from transformers import PreTrainedModel
+
+from nbutils.common.foreign_code import expect, expect_source, source
 
 # Bytes. What is smaller stays where it is, as rotary angles do: all layers share them.
 SMALL = 4 * 2**20
@@ -72,6 +79,27 @@ class WaitOnHost(torch.autograd.graph.saved_tensors_hooks):
         return tensor
 
 
+def check() -> None:
+    """Refuse a transformers that offloads activations in another way.
+
+    Raises:
+        UnknownCode: `save_on_cpu` is gone, takes other arguments, or is not what the checkpoints use.
+    """
+    expect(transformers.modeling_utils, "save_on_cpu", ("pin_memory", "device_type"), "activation_offload")
+    call = "with save_on_cpu(pin_memory=True, device_type=device_type):"
+    expect_source(PreTrainedModel._activation_checkpointing_enable, call, "activation_offload")
+
+
+def still_needed() -> bool:
+    """Whether torch's own `save_on_cpu` still copies on the stream that computes."""
+    return "Stream" not in source(torch.autograd.graph.save_on_cpu)
+
+
 def copy_activations_beside_compute() -> None:
-    """Let transformers' activation offload (`activation_checkpointing_kwargs: {offload: true}`) use `WaitOnHost`."""
+    """Let transformers' activation offload (`activation_checkpointing_kwargs: {offload: true}`) use `WaitOnHost`.
+
+    Raises:
+        UnknownCode: as `check`.
+    """
+    check()
     transformers.modeling_utils.save_on_cpu = WaitOnHost

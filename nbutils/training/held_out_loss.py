@@ -29,6 +29,7 @@ class TokenMeanTrainer(SFTTrainer):
             self._batch * self.accelerator.num_processes + self.accelerator.process_index,
             self.args.eval_batch_size,
             self._rows,
+            inputs.get("seq_idx"),
         )
         self._batch += 1
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -37,17 +38,22 @@ class TokenMeanTrainer(SFTTrainer):
         return result
 
 
-def without_repeated_rows(labels: torch.Tensor, batch: int, batch_size: int, rows: int) -> torch.Tensor:
+def without_repeated_rows(
+    labels: torch.Tensor, batch: int, batch_size: int, rows: int, row_of_token: torch.Tensor | None = None
+) -> torch.Tensor:
     """Take the labels off the rows that accelerate repeats, so that all ranks have as many batches.
 
     Args:
-        labels: `(batch size, tokens)`, int64, of one rank's batch.
+        labels: `(batch size, tokens)`, int64, of one rank's batch; `(1, tokens)` if its rows stand behind each other.
         batch: its number among the batches of all ranks.
         batch_size: rows a rank.
         rows: in the data set; what lies behind the last one is a repetition.
+        row_of_token: `(1, tokens)`: in which row of the batch each token stands, where they stand behind each other, as
+            TRL lays them for packing; None if each has a line of its own.
 
     Returns:
         The same, with -100 in the repeated rows.
     """
-    numbers = torch.arange(len(labels), device=labels.device) + batch * batch_size
-    return labels.masked_fill((numbers >= rows)[:, None], -100)
+    if row_of_token is None:
+        row_of_token = torch.arange(len(labels), device=labels.device)[:, None]
+    return labels.masked_fill(row_of_token + batch * batch_size >= rows, -100)

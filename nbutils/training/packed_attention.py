@@ -46,7 +46,7 @@ def attend_within_rows(model: PreTrainedModel) -> None:
 
 
 def refuse_packing(training) -> None:
-    """Refuse packing that would let a row see another one, or the held-out loss mean something else.
+    """Refuse packing that would let a row see another one, or count a held-out row twice.
 
     Args:
         training: the script's `TrainingArguments`.
@@ -63,8 +63,8 @@ def refuse_packing(training) -> None:
         )
     if training.eval_packing is not False:
         raise Refused(
-            "eval_packing is on; wanted false. The held-out loss is a mean over batches, and packed ones hold other "
-            "rows: it could not be compared with that of another run."
+            f"eval_packing is {training.eval_packing}; wanted false, so that each held-out row is counted once and the "
+            "loss can be compared with that of a run without packing."
         )
 
 

@@ -42,11 +42,14 @@ def counted(model, rows) -> float:
     return nats / tokens
 
 
+@pytest.mark.parametrize("behind_each_other", [False, True])  # True: as TRL lays rows where packing is on
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 8])
-def test_it_is_the_mean_over_tokens_in_batches_of_any_size(model, rows, batch_size, tmp_path):
+def test_it_is_the_mean_over_tokens_in_batches_of_any_size(
+    model, rows, batch_size, behind_each_other, tmp_path
+):
     settings = SFTConfig(
         str(tmp_path), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, max_length=None,
-        per_device_eval_batch_size=batch_size, gradient_checkpointing=False,
+        per_device_eval_batch_size=batch_size, gradient_checkpointing=False, padding_free=behind_each_other,
     )  # fmt: skip
     data = Dataset.from_list(rows)
     trainer = TokenMeanTrainer(
@@ -72,6 +75,10 @@ def test_rows_that_accelerate_repeats_count_once(ranks, batch_size, rows):
         batches = BatchSampler(SequentialSampler(range(rows)), batch_size, drop_last=False)
         for step, batch in enumerate(BatchSamplerShard(batches, ranks, rank)):
             labels = torch.tensor(batch)[:, None].expand(-1, 3)
-            kept = without_repeated_rows(labels, step * ranks + rank, batch_size, rows)
+            place = step * ranks + rank, batch_size, rows
+            kept = without_repeated_rows(labels, *place)
+            of_token = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(3)[None]
+            laid = without_repeated_rows(labels.reshape(1, -1), *place, of_token)  # behind each other
+            assert torch.equal(laid.view(-1, 3), kept)
             seen += [row[0].item() for row in kept if row[0] != -100]
     assert sorted(seen) == list(range(rows))

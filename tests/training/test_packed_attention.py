@@ -141,7 +141,7 @@ def test_packing_that_mixes_rows_or_held_out_losses_is_refused(tmp_path):
 
     asked(eval_packing=False)
     refuse_packing(SimpleNamespace(packing=False))
-    with pytest.raises(Refused, match="eval_packing is on; wanted false"):
+    with pytest.raises(Refused, match="eval_packing is None; wanted false"):
         asked()  # TRL packs the held-out rows if nothing is said
     with pytest.raises(Refused, match="packing_strategy is wrapped; wanted bfd"):
         asked(eval_packing=False, packing_strategy="wrapped")
@@ -194,7 +194,7 @@ def losses(tmp_path_factory):
         "max_length": 512,
         "lora_dropout": 0,
         "logging_steps": 1,
-        "per_device_eval_batch_size": 1,
+        "per_device_eval_batch_size": 3,  # of four rows: two ranks repeat two of them
     }
     more = same | {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no", "warmup_steps": 0}
     plan = [
@@ -221,4 +221,4 @@ def test_the_loss_is_a_mean_over_tokens_packed_or_not_accumulated_or_not_on_one_
     before = [
         next(line["eval_loss"] for line in losses[way] if "eval_loss" in line) for way in (name, "two ranks")
     ]
-    assert before[0] == pytest.approx(before[1], abs=0.005)
+    assert before[0] == pytest.approx(before[1], abs=0.003)  # each held-out row once
