@@ -52,16 +52,27 @@ def prose(tokenizer, count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @torch.no_grad()
-def loss(model, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def loss(model, rows: list[tuple[torch.Tensor, torch.Tensor]], at_once: int = 1) -> float:
     """Mean loss in nats a token over all labelled tokens of all rows; a long row counts for its tokens."""
     model.eval()
     total, tokens = 0.0, 0
-    for ids, labels in rows:
-        predicted, wanted = model(input_ids=ids).logits[0, :-1], labels[0, 1:]
+    by_length = sorted(rows, key=lambda row: row[0].shape[1])
+    for start in range(0, len(rows), at_once):
+        ids, labels = (
+            padded(side, fill) for side, fill in zip(zip(*by_length[start : start + at_once]), (0, IGNORED))
+        )
+        # Padding stands on the right, where a causal model does not see it.
+        predicted, wanted = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
         kept = wanted != IGNORED
         lost = torch.nn.functional.cross_entropy(predicted[kept].float(), wanted[kept], reduction="sum")
         total, tokens = total + lost.item(), tokens + int(kept.sum())
     return total / tokens
+
+
+def padded(rows: tuple[torch.Tensor, ...], fill: int) -> torch.Tensor:
+    """Rows of shape (1, tokens) below each other, filled up on the right: (rows, most tokens)."""
+    most = max(row.shape[1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (0, most - row.shape[1]), value=fill) for row in rows])
 
 
 def in_bf16(folder: Path):
