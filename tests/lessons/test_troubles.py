@@ -78,7 +78,7 @@ def test_the_page_is_made_of_the_data():
             "saving:\n- {message: a, where: b, cause: c, fix: d}\n",
             "missing 1 required positional argument: 'proof'",
         ),
-        ("saving:\n- {message: a, fix: d}\n", "unexpected keyword argument 'mend'"),
+        ("saving:\n- {message: a, cure: d}\n", "unexpected keyword argument 'cure'"),
     ],
 )
 def test_a_key_that_is_wrong_is_named(tmp_path, text, said):
