@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from nbutils.common.command import also_as
 from nbutils.common.refused import Refused
 
 
@@ -14,9 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=2048, help="tokens after which a row is cut")
     parser.add_argument("--truncation-mode", choices=("keep_start", "keep_end"), default="keep_start")
     parser.add_argument("--ignore-columns", help="names that may be left out, separated by commas")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows or packs a rank and forward pass")
+    parser.add_argument(
+        "--per-device-train-batch-size", type=int, default=4, help="rows or packs a rank and forward pass"
+    )
     parser.add_argument("--num-processes", type=int, default=2, help="ranks, one a GPU")
-    parser.add_argument("--accumulation", type=int, default=1, help="forward passes a step")
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1, help="forward passes a step")
+    also_as(parser, "--per-device-train-batch-size", "--batch-size", int)
+    also_as(parser, "--gradient-accumulation-steps", "--accumulation", int)
     parser.add_argument("--tokens-per-second", type=float, help="of full rows, over all GPUs")
     parser.add_argument(
         "--record", type=Path, help="a dry run's JSON, or one of benchmarks/results: its speed"
@@ -29,11 +34,14 @@ def report(options: argparse.Namespace, tokenizer) -> int:
     from nbutils.data.report import Batch, look_at_data  # seconds to import
     from nbutils.data.report_words import in_words
 
-    for name in ("max_length", "batch_size", "num_processes", "accumulation"):
+    sizes = ("max_length", "per_device_train_batch_size", "num_processes", "gradient_accumulation_steps")
+    for name in sizes:
         if getattr(options, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least 1.")
     speed = options.tokens_per_second or (recorded_speed(options.record) if options.record else None)
-    batch = Batch(options.batch_size, options.num_processes, options.accumulation)
+    batch = Batch(
+        options.per_device_train_batch_size, options.num_processes, options.gradient_accumulation_steps
+    )
     found = look_at_data(
         options.file, tokenizer, options.max_length, batch, options.ignore_columns, options.truncation_mode
     )
