@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nbutils.common.command import also_as
 from nbutils.common.devices import gpus_shown
 from nbutils.common.paths import RUNS, from_here
 from nbutils.common.provenance import provenance
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print the table, and write the record that `nbutils.planning.step_time.measured_links` reads.
 
     Args:
-        arguments: `--processes N` and `--out FILE`.
+        arguments: `--num-processes N` and `--out FILE`.
 
     Returns:
         0, also where a setting is needed: the record holds it.
@@ -188,13 +189,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m nbutils links", description="How fast are this machine's links?"
     )
-    parser.add_argument("--processes", type=int, help="ranks; left out: one a GPU, or two without any")
+    parser.add_argument("--num-processes", type=int, help="ranks; left out: one a GPU, or two without any")
+    also_as(parser, "--num-processes", "--processes", int)
     parser.add_argument("--out", type=Path, default=from_here(FILE), help="the record, JSON")
     options = parser.parse_args(arguments or [])
-    ranks = options.processes or gpus_shown() or 2
+    ranks = options.num_processes or gpus_shown() or 2
     if gpus_shown() and not 1 <= ranks <= gpus_shown():
         raise ValueError(
-            f"--processes is {ranks}; this machine shows {gpus_shown()} GPUs, wanted one a rank."
+            f"--num-processes is {ranks}; this machine shows {gpus_shown()} GPUs, wanted one a rank."
         )
     record = look(ranks)
     print(as_text(record))

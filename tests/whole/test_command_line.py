@@ -195,7 +195,7 @@ OTHER_SPELLINGS = {
         "--processes",
         "--config-file",
     ),
-    *("--ranks", "--output", "--output-dir", "--accumulation"),
+    *("--ranks", "--output", "--output-dir", "--accumulation", "--batch-size"),
 }
 
 
@@ -217,6 +217,13 @@ def test_settings_of_the_script_have_its_names(capsys, tmp_path):
     assert shown >= SCRIPT
     fields = {field.name for field in dataclasses.fields(SFTConfig)} | {"lora_r"}
     assert {option.removeprefix("--").replace("-", "_") for option in SCRIPT} <= fields
+    asked = {
+        "--max-length",
+        "--per-device-train-batch-size",
+        "--gradient-accumulation-steps",
+        "--num-processes",
+    }
+    assert options_of("data", capsys) >= asked
     assert options_of("launch", capsys) >= {"--config", "--num-processes", "--time-limit"}
     assert options_of("doctor", capsys) >= {"--model", "--num-processes"}
 
