@@ -56,6 +56,8 @@ class WholeRun:
             if time_limit and self.seconds > time_limit:
                 stops = math.ceil(self.seconds / time_limit) - 1
                 hours += f", so time_limit stops it {stops} time(s): it saves, and goes on when it is started again"
+        small = self.disk_bytes < 1e8
+        size = f"{self.disk_bytes / 1e6:,.1f} MB" if small else f"{self.disk_bytes / 1e9:,.2f} GB"
         lines = {
             "rows a step (effective batch)": f"{self.rows_a_step:,}",
             "tokens a step, about": f"{self.tokens_a_step:,.0f}",
@@ -63,7 +65,7 @@ class WholeRun:
             "steps in all": f"{self.steps:,}, which are {self.epochs:.2f} epochs",
             "hours": hours,
             "checkpoints kept, at most": f"{self.checkpoints}",
-            "disk for them and the adapter": f"{self.disk_bytes / 1e9:,.2f} GB",
+            "disk for them and the adapter": size,
         }  # fmt: skip
         return "\n".join(f"{name:30} {value}" for name, value in lines.items())
 
