@@ -2,16 +2,15 @@
 
 Run as: python benchmarks/smollm2_answers.py    (after smollm2_learning_rates.py; minutes)
 
-Writes benchmarks/results/smollm2_answers.json. Greedy, on the NF4 base as trained. The first question of each held-out
-topic has its reference answer beside it; the other questions are of everyday knowledge, which training never touched.
+Writes benchmarks/results/smollm2_answers.json. Greedy, on the NF4 base as trained. Every tenth held-out question
+has its reference answer beside it; the other questions are of everyday knowledge, which training never touched.
 """
 
 import torch
 from peft import PeftModel
 from smollm2_learning_rates import run_folder
-from smollm2_losses import HELD_OUT, begin, write
+from smollm2_losses import begin, questions_and_answers, write
 
-from nbutils.data.rows import load_conversations
 from nbutils.models.loading import load_nf4
 
 RATE = "3.0e-3"
@@ -26,10 +25,8 @@ EVERYDAY = (
 
 def questions() -> list[dict]:
     """Every tenth held-out question with its reference answer, and then the everyday ones."""
-    rows = load_conversations(HELD_OUT)
     held_out = [
-        {"prompt": row["prompt"], "reference": row["completion"][0]["content"]}
-        for row in rows.select(range(0, len(rows), 10))
+        {"prompt": before, "reference": answer["content"]} for before, answer in questions_and_answers()[::10]
     ]
     return held_out + [
         {"prompt": [{"role": "user", "content": text}], "reference": None} for text in EVERYDAY

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from nbutils.common.paths import ROOT
 from nbutils.common.provenance import provenance
-from nbutils.data.rows import load_conversations
 from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
 from nbutils.models.loading import load_tokenizer
 from nbutils.models.smollm2 import smollm2_base
@@ -27,12 +26,19 @@ def begin():
     return base, tokenizer, answers(tokenizer)
 
 
-def answers(tokenizer, source: str = HELD_OUT) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each row as ids and labels, both (1, tokens); only the answer's tokens are labelled, its end token included."""
+def questions_and_answers() -> list[tuple[list[dict], dict]]:
+    """The held-out conversations, once for each answer: the turns before it, and its own turn."""
+    lines = (ROOT / HELD_OUT).read_text(encoding="utf-8").splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    return [(chat[:n], turn) for chat in chats for n, turn in enumerate(chat) if turn["role"] == "assistant"]
+
+
+def answers(tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each answer as ids and labels, both (1, tokens): labelled is the answer, and what the template puts behind it."""
     rows = []
-    for row in load_conversations(source):
-        start = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+    for before, answer in questions_and_answers():
+        start = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template([*before, answer], return_dict=False)
         assert whole[: len(start)] == start
         ids = torch.tensor([whole[:LENGTH]])
         labels = ids.clone()
@@ -52,16 +58,27 @@ def prose(tokenizer, count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @torch.no_grad()
-def loss(model, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def loss(model, rows: list[tuple[torch.Tensor, torch.Tensor]], at_once: int = 1) -> float:
     """Mean loss in nats a token over all labelled tokens of all rows; a long row counts for its tokens."""
     model.eval()
     total, tokens = 0.0, 0
-    for ids, labels in rows:
-        predicted, wanted = model(input_ids=ids).logits[0, :-1], labels[0, 1:]
+    by_length = sorted(rows, key=lambda row: row[0].shape[1])
+    for start in range(0, len(rows), at_once):
+        ids, labels = (
+            padded(side, fill) for side, fill in zip(zip(*by_length[start : start + at_once]), (0, IGNORED))
+        )
+        # Padding stands on the right, where a causal model does not see it.
+        predicted, wanted = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
         kept = wanted != IGNORED
         lost = torch.nn.functional.cross_entropy(predicted[kept].float(), wanted[kept], reduction="sum")
         total, tokens = total + lost.item(), tokens + int(kept.sum())
     return total / tokens
+
+
+def padded(rows: tuple[torch.Tensor, ...], fill: int) -> torch.Tensor:
+    """Rows of shape (1, tokens) below each other, filled up on the right: (rows, most tokens)."""
+    most = max(row.shape[1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (0, most - row.shape[1]), value=fill) for row in rows])
 
 
 def in_bf16(folder: Path):

@@ -6,6 +6,8 @@ Writes benchmarks/results/smollm2_merging.json. Two adapters: one trained with t
 whose change of the weights is small as theirs is, and one trained with 3e-3.
 """
 
+import argparse
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,12 +19,18 @@ from gguf import GGMLQuantizationType, quants
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from smollm2_learning_rates import run_folder
-from smollm2_losses import begin, in_bf16, loss, write
+from smollm2_losses import begin, in_bf16, write
+from smollm2_losses import loss as loss_of
 
 from nbutils.adapters.merge import merge
 from nbutils.models.loading import load_nf4
 
 RATES = ("2.0e-4", "3.0e-3")
+
+
+def loss(model, held_out) -> float:
+    """Held-out loss, twelve rows at a time: a 4-bit layer is unpacked once for all of them."""
+    return loss_of(model, held_out, at_once=12)
 
 
 def relative_changes(tuned: PeftModel) -> list[float]:
@@ -113,24 +121,34 @@ def one_adapter(base: Path, adapter: str, held_out) -> dict:
     }
 
 
+def measured(rate: str, base: Path, held_out) -> dict:
+    """One adapter's losses; kept beside its run, so that they are measured once."""
+    kept = run_folder(rate) / "merging.json"
+    if not kept.is_file():
+        found = one_adapter(base, str(run_folder(rate) / "train" / "adapter"), held_out)
+        kept.write_text(json.dumps({"learning_rate": float(rate), **found}), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=RATES, help="measure this adapter, and record nothing yet")
+    options = parser.parse_args()
     warnings.filterwarnings(
         "ignore", message="Merge lora module to 4-bit"
     )  # it warns of what is measured here
     base, _, held_out = begin()
-    without = {
-        "NF4 base": round(loss(load_nf4(str(base)), held_out), 4),
-        "bf16 base": round(loss(in_bf16(base), held_out), 4),
-    }
-    found = []
-    for rate in RATES:
-        adapter = str(run_folder(rate) / "train" / "adapter")
-        found.append({"learning_rate": float(rate), **one_adapter(base, adapter, held_out)})
+    found = [measured(rate, base, held_out) for rate in ([options.only] if options.only else RATES)]
+    if options.only:
+        return
     write(
         "smollm2_merging",
         "python benchmarks/smollm2_learning_rates.py; python benchmarks/smollm2_merging.py",
         "SmolLM2-135M-Instruct: held-out loss of two adapters used and merged in each way; nats a token",
-        held_out_loss_without_adapter=without,
+        held_out_loss_without_adapter={
+            "NF4 base": round(loss(load_nf4(str(base)), held_out), 4),
+            "bf16 base": round(loss(in_bf16(base), held_out), 4),
+        },
         adapters=found,
     )
 

@@ -12,7 +12,8 @@ from smollm2_losses import begin, in_bf16, write
 
 from nbutils.common.paths import ROOT
 
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 2048, 8192)
+TEXT = 2 * 8192  # tokens
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def last_quarter_loss(model, ids: torch.Tensor, length: int) -> float:
 def main() -> None:
     base, tokenizer, _ = begin()
     text = "\n\n".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "data" / "prose").glob("*.md")))
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0, :TEXT]
     model = in_bf16(base).eval()
     rotary = model.model.rotary_emb
     exact = rotary.inv_freq.clone()

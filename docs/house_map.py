@@ -1,8 +1,9 @@
-"""Draw the rooms of `nbutils` and who imports whom, from the code, into CONTRIBUTING.md.
+"""Draw the rooms of `nbutils`, who imports whom, and the list of tests into CONTRIBUTING.md, from the code.
 
 Run as: python docs/house_map.py
 """
 
+import ast
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- map begin: python docs/house_map.py -->\n", "<!-- map end -->\n"
+BEGIN, END = "<!-- {0} begin: python docs/house_map.py -->\n", "<!-- {0} end -->\n"
 
 
 def arrows() -> dict[str, set[str]]:
@@ -56,10 +57,24 @@ def drawing() -> str:
     return "\n".join(lines) + "\n"
 
 
+def suites() -> str:
+    """Each file of tests with what it holds, as its first line says, and when it runs."""
+    lines = ["| suite | what it holds | tier |", "| --- | --- | --- |"]
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        said = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
+        tier = "CI" if "pytestmark" in text and "mark.ci" in text else "each commit"
+        more = ", parts by hand" if "mark.matrix" in text else ""
+        lines.append(f"| `{path.relative_to(ROOT)}` | {said.replace('|', ' ')} | {tier}{more} |")
+    return "\n".join(lines) + "\n"
+
+
 def redrawn(page: str) -> str:
-    """The page with the picture of today."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + drawing() + END + rest.partition(END)[2]
+    """The page with the picture and the list of today."""
+    for name, text in {"map": drawing(), "suites": suites()}.items():
+        before, _, rest = page.partition(BEGIN.format(name))
+        page = before + BEGIN.format(name) + text + END.format(name) + rest.partition(END.format(name))[2]
+    return page
 
 
 if __name__ == "__main__":

@@ -6,22 +6,29 @@ from pathlib import Path
 
 from nbutils.common.refused import Refused
 
+BATCH = ("per_device_train_batch_size", "num_processes", "gradient_accumulation_steps")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m nbutils data`."""
-    parser.add_argument("file", help="a .json, .jsonl or .parquet file, or a hub id: owner/name:split")
-    parser.add_argument("--model", default="tiny", help="folder or hub id; its tokenizer is all that is read")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens after which a row is cut")
-    parser.add_argument("--truncation-mode", choices=("keep_start", "keep_end"), default="keep_start")
-    parser.add_argument("--ignore-columns", help="names that may be left out, separated by commas")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows or packs a rank and forward pass")
-    parser.add_argument("--num-processes", type=int, default=2, help="ranks, one a GPU")
-    parser.add_argument("--accumulation", type=int, default=1, help="forward passes a step")
-    parser.add_argument("--tokens-per-second", type=float, help="of full rows, over all GPUs")
-    parser.add_argument(
-        "--record", type=Path, help="a dry run's JSON, or one of benchmarks/results: its speed"
+    """The arguments of `python -m nbutils data`; settings of the script have the script's names."""
+    option = parser.add_argument
+    option("file", help="a .json, .jsonl or .parquet file, or a hub id: owner/name:split")
+    option("--model", default="tiny", help="folder or hub id; its tokenizer is all that is read")
+    option("--max-length", type=int, default=2048, metavar="N", help="tokens after which a row is cut")
+    option("--truncation-mode", choices=("keep_start", "keep_end"), default="keep_start")
+    option("--ignore-columns", metavar="A,B", help="names that may be left out, separated by commas")
+    option(
+        "--per-device-train-batch-size",
+        type=int,
+        default=4,
+        metavar="N",
+        help="rows or packs a rank and pass",
     )
-    parser.add_argument("--json", action="store_true", help="print numbers for a program")
+    option("--num-processes", type=int, default=2, metavar="N", help="ranks, one a GPU")
+    option("--gradient-accumulation-steps", type=int, default=1, metavar="N", help="passes a step")
+    option("--tokens-per-second", type=float, metavar="X", help="of full rows, over all GPUs")
+    option("--record", type=Path, help="a dry run's JSON, or one of benchmarks/results: its speed")
+    option("--json", action="store_true", help="print numbers for a program")
 
 
 def report(options: argparse.Namespace, tokenizer) -> int:
@@ -29,11 +36,11 @@ def report(options: argparse.Namespace, tokenizer) -> int:
     from nbutils.data.report import Batch, look_at_data  # seconds to import
     from nbutils.data.report_words import in_words
 
-    for name in ("max_length", "batch_size", "num_processes", "accumulation"):
+    for name in ("max_length", *BATCH):
         if getattr(options, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least 1.")
     speed = options.tokens_per_second or (recorded_speed(options.record) if options.record else None)
-    batch = Batch(options.batch_size, options.num_processes, options.accumulation)
+    batch = Batch(*(getattr(options, name) for name in BATCH))
     found = look_at_data(
         options.file, tokenizer, options.max_length, batch, options.ignore_columns, options.truncation_mode
     )

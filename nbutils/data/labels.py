@@ -59,6 +59,10 @@ class Marker:
         self.tokenizer = tokenizer
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
+        self.begins = self.adds_bos or (
+            self.bos is not None
+            and "bos_token" in str(tokenizer.chat_template)  # what every chat begins with
+        )
         control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         control |= set(tokenizer.all_special_tokens)
         self.control = re.compile("|".join(re.escape(token) for token in sorted(control)) or r"(?!)")
@@ -161,14 +165,14 @@ class Marker:
             )
 
     def _text(self, conversation: Conversation) -> Row:
-        """Plain text: the begin token where the tokenizer puts one, the end token at the end, neither twice."""
+        """Plain text: the begin token where tokenizer or chats put one, the end token at the end, neither twice."""
         text = conversation.text
         found = list(self.control.finditer(text))
         ends = bool(found) and found[-1].start() > 0 and not text[found[-1].end() :].strip()
         if ends:
             text = text.rstrip()  # what follows the end would be learned after it
         ids = self._tokens(text)
-        if self.adds_bos and ids[:1] != [self.bos]:
+        if self.begins and ids[:1] != [self.bos]:
             ids = [self.bos, *ids]
         if not ends:  # whoever wrote an end token, of a turn or of a text, has chosen it
             ids = [*ids, self.eos]

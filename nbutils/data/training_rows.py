@@ -219,7 +219,7 @@ def _say(shortened: Cut, rows: list[Row], called: str, max_length: int | None) -
     tokens = sum(len(ids) for ids in shortened.ids)
     print(
         f"{len(shortened.ids)} {called}, {tokens:,} tokens; learned are {learned:,} of them"
-        + (f", in {shortened.answers} answers." if shortened.answers else "."),
+        + (f", in {shortened.answers - shortened.answers_lost} answers." if shortened.answers else "."),
         flush=True,
     )
     if shortened.answers_cut:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nbutils.common.exit_status import RESUME_ME
 from nbutils.common.paths import ROOT
 
 WHY_KILLED = {
@@ -57,12 +56,11 @@ def exits(text: str) -> dict[int, _Exit]:
     }
 
 
-def saved_to_resume(log: Path) -> bool:
-    """Did every rank that ended by itself say with its exit status that it has saved, and wants to be resumed?"""
+def exit_statuses(log: Path) -> set[int]:
+    """With which exit status ranks ended by themselves, as far as the log says; minus a signal's number."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    codes = [one.code for one in exits(text).values() if not one.ended_by_agent]
-    codes = codes or [int(code) for code in _ALONE.findall(text)]
-    return bool(codes) and set(codes) == {RESUME_ME}
+    codes = {one.code for one in exits(text).values() if not one.ended_by_agent}
+    return codes or {int(code) for code in _ALONE.findall(text)}
 
 
 def first_failure(log: Path, rank_logs: Path, returncode: int) -> Failure:

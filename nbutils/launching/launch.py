@@ -9,6 +9,7 @@ process (`process_tree`), a stop that saves (`stop_request`), what failed first 
 (`progress_display`).
 """
 
+import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from nbutils.common.exit_status import RESUME_ME
 from nbutils.common.paths import from_here
 from nbutils.common.progress_file import ProgressReader
 from nbutils.launching.config_faults import refuse_bad_config
-from nbutils.launching.first_failure import first_failure, saved_to_resume
+from nbutils.launching.first_failure import exit_statuses, first_failure
 from nbutils.launching.kernel_memory import give_back
 from nbutils.launching.launch_command import (
     as_started,
@@ -167,10 +168,8 @@ def _checked_command(script, args, config, rehearsal, module, num_processes) -> 
     rehearsal = no_accelerator() if rehearsal is None else rehearsal
     module = module or (REHEARSAL if rehearsal else None)
     gpus = None if rehearsal else gpus_shown()
-    if is_recipe(script):
-        refuse_for_recipe(
-            config, num_processes, gpus
-        )  # first: it does without accelerate, which takes seconds
+    if is_recipe(script):  # first: this does without accelerate, which takes seconds to import
+        refuse_for_recipe(config, num_processes, gpus)
     content = refuse_bad_config(config, num_processes, gpus)
     if not Path(script).is_file():
         raise FileNotFoundError(f"There is no script {script}. Write it: python -m nbutils script FOLDER")
@@ -220,13 +219,13 @@ class _Run:
         self.display.close(self.lines(), self.seconds, ok=status == 0 and ended_alone)
         if status == 0 and ended_alone:  # torchrun may end with 0 after a SIGTERM of ours
             return None
-        saved = ended_alone and saved_to_resume(self.log)
-        if saved or stop.why:
+        codes = exit_statuses(self.log) if ended_alone else set()
+        saved = codes == {RESUME_ME}
+        if saved or (stop.why and codes <= {RESUME_ME, -signal.SIGTERM}):
             return self._stopped(stop, saved)
         failure = first_failure(self.log, self.rank_logs, status)
-        return LaunchFailed(
-            failure.message, log=self.log, rank=failure.rank, error=failure.error, returncode=status
-        )
+        message = f"{stop.why}\n{failure.message}".lstrip()
+        return LaunchFailed(message, log=self.log, rank=failure.rank, error=failure.error, returncode=status)
 
     def _start(self, save_grace: float) -> subprocess.Popen:
         return subprocess.Popen(

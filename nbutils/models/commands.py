@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nbutils.common.command import Command
 from nbutils.common.paths import ROOT
+from nbutils.common.refused import Refused
 from nbutils.data.commands import add_arguments as add_data_arguments
 
 
@@ -39,7 +40,15 @@ def _data(options: argparse.Namespace) -> int:
     from nbutils.models.made_here import NAMES, model_path
 
     model = str(ROOT / model_path(options.model)) if options.model in NAMES else options.model
-    return report(options, load_tokenizer(model))
+    try:
+        tokenizer = load_tokenizer(model)
+    except (OSError, ValueError) as problem:  # of transformers: many lines, whatever was typed
+        first = next(iter(str(problem).splitlines()), "")
+        raise Refused(
+            f"The tokenizer of {options.model} cannot be used ({first}). Wanted: {', '.join(NAMES)}, a local folder "
+            "with tokenizer.json, or a hub id."
+        ) from None
+    return report(options, tokenizer)
 
 
 COMMANDS = {

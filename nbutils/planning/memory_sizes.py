@@ -35,7 +35,6 @@ class Sizes:
     computed_again: int
     unpacked: int  # weights in bf16 while they are multiplied
     passing: int  # gradients on their way through the down projection
-    tied: bool
     on_host: bool  # embedding and head
 
     @classmethod
@@ -67,7 +66,6 @@ class Sizes:
             computed_again=tokens * saved if checkpointed else 0,
             unpacked=0 if choices.compile_layers else largest,  # compiled, it comes when most else is gone
             passing=tokens * passing_bytes_per_token(shape, choices.compile_layers),
-            tied=shape.tied,
             on_host=choices.embeddings_on_host,
         )
 

@@ -239,10 +239,14 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
         )
         entry.status = "ok"
     except papermill.PapermillExecutionError as error:
+        saved = error.ename == "LaunchStopped" and HAVE_SAVED in error.evalue
+        words = f"python -m nbutils run --from {entry.name[:2]} --run-dir {run_dir}"
         raise SeriesFailed(
             f"{output}: cell In [{error.exec_count}] failed with {error.ename}: {error.evalue}\n"
-            f"{_indented(error.source)}\nThe executed notebook, up to this cell, is {output}.",
-            saved=error.ename == "LaunchStopped" and HAVE_SAVED in error.evalue,
+            f"{_indented(error.source)}\nThe executed notebook, up to this cell, is {output}."
+            + f"\nThe series goes on from there, with its parameters: {words}"
+            * saved,
+            saved,
         ) from None
     except (RuntimeError, TimeoutError) as error:  # a dead kernel, a cell that took too long
         cell = report.source or "(before the first cell)"

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from datasets import Dataset
+
 from nbutils.adapters.checkpoint_folder import CheckpointError, checkpoints_in, newest_complete, read_manifest
 from nbutils.common.ranks import in_step, on_every_rank, rank
-from nbutils.training.run_facts import SCHEDULE, facts_before_loading, keeps_its_schedule
+from nbutils.training.run_facts import SCHEDULE, facts_before_loading, keeps_its_schedule, rows_digest
 
 
 def refuse_what_checkpoints_do_not_serve(args) -> None:
@@ -32,12 +34,33 @@ def refuse_what_cannot_be_resumed(recipe, training) -> None:
         training: the script's `TrainingArguments`.
 
     Raises:
-        CheckpointError: as `checkpoint_to_resume`; of the facts, rows and target modules are not known yet.
+        CheckpointError: as `checkpoint_to_resume`; rows (see `refuse_other_rows`) and target modules are not known yet.
     """
     choose_checkpoint(
         training.output_dir,
         recipe.resume,
         lambda: facts_before_loading(recipe, training),
+        say=lambda *words, **_: None,
+    )
+
+
+def refuse_other_rows(recipe, training, train: Dataset, heldout: Dataset) -> None:
+    """Refuse, before the model is loaded, to go on with other rows than the checkpoint's. Every rank must call it.
+
+    Args:
+        recipe: the script's `RecipeArguments`.
+        training: the script's `TrainingArguments`.
+        train: the rows as the trainer will get them.
+        heldout: the held-out rows likewise.
+
+    Raises:
+        CheckpointError: `rows` or `heldout_rows` differ.
+    """
+    facts = {"rows": train, "heldout_rows": heldout}
+    choose_checkpoint(
+        training.output_dir,
+        recipe.resume,
+        lambda: {name: rows_digest(rows) for name, rows in facts.items()},
         say=lambda *words, **_: None,
     )
 

@@ -81,12 +81,14 @@ def facts_before_loading(recipe, training) -> dict:
     return _launch() | _settings(training) | adapter | ({"base": base} if base else {})
 
 
-def run_facts(trainer, base: str | None) -> dict:
+def run_facts(trainer, base: str | None, train: Dataset, heldout: Dataset | None) -> dict:
     """What a resumed run must share with the run that wrote the checkpoint, and under `may_change` what it need not.
 
     Args:
-        trainer: with its data prepared: rows are told by their tokens and by what is learned of them.
+        trainer: constructed.
         base: `base_digest` of the model's folder; None if nobody has said which it is.
+        train: the rows that the trainer was given, before it packs them.
+        heldout: the held-out rows likewise.
 
     Returns:
         Names and values, as JSON can hold them.
@@ -100,9 +102,8 @@ def run_facts(trainer, base: str | None) -> dict:
         "alpha_pattern": config.alpha_pattern,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
-        "training_rows": len(trainer.train_dataset),
-        "rows": rows_digest(trainer.train_dataset),
-        "heldout_rows": rows_digest(trainer.eval_dataset),
+        "rows": rows_digest(train),
+        "heldout_rows": rows_digest(heldout),
     }
     return _launch() | _settings(trainer.args) | adapter | {"base": base} | more
 

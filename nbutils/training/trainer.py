@@ -44,6 +44,7 @@ class ResumableTrainer(TokenMeanTrainer):
     """
 
     def __init__(self, *args, base: str | None = None, **kwargs):
+        self._given = kwargs["train_dataset"], kwargs.get("eval_dataset")
         super().__init__(*args, **kwargs)
         refuse_what_checkpoints_do_not_serve(self.args)
         self._base = base
@@ -52,7 +53,7 @@ class ResumableTrainer(TokenMeanTrainer):
     @cached_property
     def facts(self) -> dict:
         """Of this run, for its checkpoints."""
-        return run_facts(self, self._base and base_digest(self._base))
+        return run_facts(self, self._base and base_digest(self._base), *self._given)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         try:
@@ -102,6 +103,8 @@ class ResumableTrainer(TokenMeanTrainer):
             CheckpointError: nothing to resume from is complete; it belongs to a run of another kind; or `resume` is
                 False and the folder holds checkpoints, which a new run would mix with its own.
         """
+        # Now, and not at the first checkpoint: the base may lie on a hub that cannot be reached hours later.
+        on_every_rank(lambda: rank() == 0 and self.facts, CheckpointError)
         folder = choose_checkpoint(self.args.output_dir, resume, lambda: self.facts, say=print)
         # A resumed run has its held-out loss of the beginning already.
         self.args.eval_on_start = self.args.eval_on_start and folder is None

@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
     plan += [
         run(folder, "another version", "fsdp1", fsdp=2, resume="true"),
         run(folder, "another number", "fsdp1", world=1, resume="true"),
-        run(folder, "without resume", "fsdp1"),
+        run(folder, "without resume", "fsdp1", resume="false"),
     ]
     return folder, train(folder, plan)
 

@@ -140,6 +140,10 @@ def test_a_file_of_which_nothing_is_left_ends_with_status_1(tmp_path, capsys):
     path.write_text("no json\n")
     assert main(["data", str(path)]) == 1
     assert "line 1: this is no JSON" in capsys.readouterr().err
+    assert main(["data", str(path), "--model", str(tmp_path)]) == 1
+    assert re.search(
+        r"The tokenizer of .* cannot be used .*Wanted: tiny, tiny-plain", capsys.readouterr().err
+    )
     assert main(["data", str(path), "--max-length", "0"]) == 1
     assert "--max-length is 0; wanted at least 1" in capsys.readouterr().err
 

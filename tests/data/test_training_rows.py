@@ -93,9 +93,9 @@ def test_keep_end_keeps_the_end(tokenizers, tmp_path, capsys):
     assert "cut" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "begins"), [("llama", 0), ("plain", 1)])
+@pytest.mark.parametrize(("name", "begins"), [("llama", 1), ("plain", 1), ("chatml", 0)])
 def test_text_begins_and_ends_once(tokenizers, tmp_path, name, begins):
-    """Public report: OpenRLHF 393. The tokenizer of "plain" puts the begin token by itself, "llama" does not."""
+    """Public report: OpenRLHF 393. "plain" puts the begin token by itself; of "llama" the chats begin with it."""
     tokenizer = tokenizers[name]
     end = tokenizer.eos_token
     texts = [

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from nbutils.launching.first_failure import first_failure, last_words, saved_to_resume
+from nbutils.launching.first_failure import exit_statuses, first_failure, last_words
 
 SUMMARY = """
 [0]:
@@ -71,30 +71,28 @@ def test_a_signal_that_has_no_name_is_said_by_its_number(left):
     assert failed.error == "Rank 1 was killed by signal 35."
 
 
+ONE = {"rank": 0, "local": 0, "pid": 1}
+OTHER = {"rank": 1, "local": 1, "pid": 2}
+
+
 @pytest.mark.parametrize(
-    "log, saved",
+    "log, codes",
     {
-        "both": (
-            SUMMARY.format(rank=0, local=0, code=75, pid=1) + SUMMARY.format(rank=1, local=1, code=75, pid=2),
-            True,
-        ),
+        "both": (SUMMARY.format(code=75, **ONE) + SUMMARY.format(code=75, **OTHER), {75}),
         "one, torchrun ended the other": (
-            SUMMARY.format(rank=0, local=0, code=75, pid=1)
+            SUMMARY.format(code=75, **ONE)
             + "Sending process 2 closing signal SIGTERM\n"
-            + SUMMARY.format(rank=1, local=1, code=-15, pid=2),
-            True,
+            + SUMMARY.format(code=-15, **OTHER),
+            {75},
         ),
-        "one failed": (
-            SUMMARY.format(rank=0, local=0, code=75, pid=1) + SUMMARY.format(rank=1, local=1, code=1, pid=2),
-            False,
-        ),
+        "one failed": (SUMMARY.format(code=75, **ONE) + SUMMARY.format(code=1, **OTHER), {75, 1}),
         "alone": (
             "subprocess.CalledProcessError: Command '[python]' returned non-zero exit status 75.\n",
-            True,
+            {75},
         ),
-        "nothing": ("exit status 75", False),
+        "nothing": ("exit status 75", set()),
     }.values(),
 )
-def test_saved_is_what_every_rank_says_with_its_exit_status(tmp_path, log, saved):
+def test_what_ranks_say_with_their_exit_status(tmp_path, log, codes):
     (tmp_path / "log").write_text(log)
-    assert saved_to_resume(tmp_path / "log") is saved
+    assert exit_statuses(tmp_path / "log") == codes

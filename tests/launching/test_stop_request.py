@@ -11,7 +11,7 @@ import pytest
 from processes import as_in_a_terminal, ranks_of, wait_until
 
 from nbutils.common.paths import ROOT
-from nbutils.launching.launch import LaunchStopped, launch
+from nbutils.launching.launch import LaunchFailed, LaunchStopped, launch
 
 CONFIG = ROOT / "configs/accelerate/rehearsal_fsdp1.yaml"
 pytestmark = pytest.mark.launch
@@ -48,11 +48,11 @@ def run(path, tmp_path, **options):
 def test_when_the_time_is_up_the_ranks_save_first(tmp_path):
     path = script(tmp_path)
     with pytest.raises(LaunchStopped) as stopped:
-        run(path, tmp_path, timeout=8)
+        run(path, tmp_path, timeout=12)
     assert sorted(file.name for file in tmp_path.glob("saved*")) == ["saved0", "saved1"]
     assert stopped.value.saved
     message = str(stopped.value)
-    assert "The launch had not ended after 8 s, and its ranks were asked to end. They have saved" in message
+    assert "The launch had not ended after 12 s, and its ranks were asked to end. They have saved" in message
     last = " ".join(message.splitlines()[2:]).replace("\\", "")
     assert last.startswith("accelerate launch --config_file") and last.endswith("--resume true")
 
@@ -61,9 +61,18 @@ def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
     path = script(tmp_path, HANGS)
     started = time.monotonic()
     with pytest.raises(LaunchStopped, match=r"did not say that they have saved within 2 s, and were ended"):
-        run(path, tmp_path, timeout=8, save_grace=2)
+        run(path, tmp_path, timeout=12, save_grace=2)
     assert time.monotonic() - started < 40
     assert ranks_of(path) == []
+
+
+def test_an_error_while_saving_is_not_hidden_by_the_stop(tmp_path):
+    path = script(tmp_path, SAVES.replace("sys.exit(75)", "raise OSError(28, 'No space left on device')"))
+    with pytest.raises(
+        LaunchFailed, match=r"(?s)^The launch had not ended after 12 s.*No space left"
+    ) as failed:
+        run(path, tmp_path, timeout=12)
+    assert not isinstance(failed.value, LaunchStopped) and failed.value.rank is not None
 
 
 def typed(path, tmp_path):

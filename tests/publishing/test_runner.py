@@ -338,6 +338,7 @@ def test_a_sigterm_lets_a_training_save_and_the_series_says_resume_me(series, tm
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 75, errors
     assert "They have saved (exit status 75). Go on with:" in errors and "--resume true" in errors
+    assert errors.rstrip().endswith(f"python -m nbutils run --from 00 --run-dir {series.run_dir}")
     summary = json.loads((series.run_dir / "summary.json").read_text())
     assert [notebook["status"] for notebook in summary["notebooks"]] == ["failed", "not run"]
     wait_until(lambda: ranks_of(script) == [], 10)

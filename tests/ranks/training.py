@@ -7,6 +7,8 @@ goes to `<folder>/<name>.json`: the exit status of each rank and its output. `ki
     {"rank": 1, "step": 5}             before that rank's 5th training step; "rank": null kills all
     {"rank": 0, "fsync": 7}            at its 7th fsync, all of which lie inside a checkpoint's or adapter's writing
     {"rank": 1, "torn": 2}             in the middle of writing its 2nd file of pieces
+    {"rank": 1, "term": 5}             SIGTERM to that rank alone, before its 5th training step
+    {"rank": 0, "term_in_evaluation": 2}   SIGTERM in its 2nd batch of an evaluation
     {"rank": 1, "seconds": 3.1}        that long after its first training step began, wherever it is
 `refuse` is true where the run must be refused before a weight is read: reading one is then said and ends the rank.
 `path` is a folder that goes before all others on the import path, `variables` go into the environment.
@@ -22,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import trl  # noqa: F401 (imported once, for all ranks)
@@ -41,6 +44,17 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def ask_before(name: str, due: Callable[[], bool]) -> None:
+    plain = getattr(resuming.ResumableTrainer, name)
+
+    def asked(*args, **kwargs):
+        if due():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+
+    setattr(resuming.ResumableTrainer, name, asked)
+
+
 def arm(kill: dict, number: int) -> None:
     """Arrange for this rank to be killed; only here, never in the product."""
     if kill is None or kill["rank"] not in (None, number):
@@ -57,6 +71,9 @@ def arm(kill: dict, number: int) -> None:
         resuming.ResumableTrainer.training_step = lambda *args, **kwargs: (
             die() if at(kill["step"]) else plain_step(*args, **kwargs)
         )
+    for moment, name in (("term", "training_step"), ("term_in_evaluation", "prediction_step")):
+        if moment in kill:
+            ask_before(name, lambda which=kill[moment]: at(which))
     if "seconds" in kill:
         plain_begin = resuming.ResumableTrainer.training_step
 
