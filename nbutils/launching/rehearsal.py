@@ -158,9 +158,8 @@ def end_here() -> NoReturn:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
+    # Waits for threads, after it has told those of an executor to end: torch.compile leaves one that waits for work.
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -217,7 +217,7 @@ def test_the_loss_is_a_mean_over_tokens_packed_or_not_accumulated_or_not_on_one_
     trained = [line["loss"] for line in losses[name] if "loss" in line]
     expected = [line["loss"] for line in losses["two ranks"] if "loss" in line]
     assert len(trained) == 3 and trained[0] != trained[-1]
-    assert trained == pytest.approx(expected, abs=0.01)  # bf16
+    assert trained == pytest.approx(expected, abs=0.003)  # bf16
     before = [
         next(line["eval_loss"] for line in losses[way] if "eval_loss" in line) for way in (name, "two ranks")
     ]
