@@ -76,16 +76,17 @@ def row(rate: str, folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=RATES, help="make this run, and record nothing yet")
+    parser.add_argument("--rates", nargs="+", choices=RATES, default=RATES, help="the runs to record")
     options = parser.parse_args()
     if options.only:
         train(options.only)
         return
     write(
         "smollm2_learning_rates",
-        "python benchmarks/smollm2_learning_rates.py",
-        "SmolLM2-135M-Instruct, 50 steps of the training script at three learning rates; nats a token",
+        f"python benchmarks/smollm2_learning_rates.py --rates {' '.join(options.rates)}",
+        "SmolLM2-135M-Instruct, 50 steps of the training script at several learning rates; nats a token",
         parameters=PARAMS,
-        runs=[row(rate, train(rate)) for rate in RATES],
+        runs=[row(rate, train(rate)) for rate in options.rates],
     )
 
 
