@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chats
 import nbformat
 import pytest
 import torch
@@ -173,18 +174,34 @@ def test_a_base_model_with_tied_embeddings_and_a_users_own_alpaca_file(tmp_path,
     assert saved.pad_token == "<|finetune_right_pad_id|>"
 
 
+def test_chats_of_several_answers_train_packed(tmp_path):
+    """A ShareGPT file of short chats: read, split by whole chats, marked, packed, trained, and its adapter verified."""
+    (tmp_path / "chats.json").write_text(json.dumps(chats.share_gpt(200)))
+    output = train(
+        tmp_path / "run",
+        2,
+        dataset=str(tmp_path / "chats.json"),
+        heldout_dataset=None,
+        packing=True,
+        max_length=512,
+        max_steps=3,
+    )
+    assert_whole(output / "adapter")
+    said = (tmp_path / "run/train.log").read_text()
+    assert "190 rows, " in said and "10 held-out rows, " in said and "Not used of the rows: id." in said
+    training = json.loads((output / "run.json").read_text())["training"]
+    assert training["held_out_loss_after"] < training["held_out_loss_before"]
+
+
 # max_steps of the notebook, what it means, steps of the warm-up, steps between two evaluations
 @pytest.mark.parametrize("asked, steps, warmup, between", [(90, 90, 9, 30), (1, 1, 0, 1), (-1, 69, 7, 23)])
 def test_the_notebook_derives_warmup_and_evaluation_from_the_steps(asked, steps, warmup, between, tmp_path):
-    (cell,) = [
-        cell.source
-        for cell in nbformat.read(ROOT / "notebooks/04_write_and_launch.ipynb", as_version=4).cells
-        if "settings_path.write_text" in cell.source
-    ]
-    names = ("base_model", "dataset", "heldout_dataset", "ignore_columns", "goal", "report_to")
-    numbers = ("max_length", "max_cut_share", "batch_size", "learning_rate", "lora_r", "seed")
-    given = dict.fromkeys(names, "") | dict.fromkeys(numbers, 1) | {"max_steps": asked}
-    exec(cell, given | {"Path": Path, "run_dir": tmp_path, "train_dir": tmp_path})
+    cells = nbformat.read(ROOT / "notebooks/04_write_and_launch.ipynb", as_version=4).cells
+    (parameters,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    (cell,) = [cell.source for cell in cells if "settings_path.write_text" in cell.source]
+    given = {"Path": Path, "base_model": "", "train_dir": tmp_path}
+    exec(parameters, given)
+    exec(cell, given | {"run_dir": tmp_path, "max_steps": asked})
     told = yaml.safe_load((tmp_path / "train.yaml").read_text())
     assert told["max_steps"] == asked
     training = TrainingArguments(
