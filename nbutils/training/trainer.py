@@ -60,6 +60,7 @@ class ResumableTrainer(TokenMeanTrainer):
             metrics = super().evaluate(*args, **kwargs)
         except StopEvaluation:  # asked to stop while it trains: save first
             self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # or the Trainer would begin it again, and save again
             return {}
         if "eval_loss" in metrics:  # not so under another `metric_key_prefix`
             self._evaluated = self.state.global_step, metrics["eval_loss"]

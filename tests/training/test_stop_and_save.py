@@ -4,9 +4,13 @@ import json
 
 import pytest
 from training_runs import run, train
+from transformers import TrainerControl
 
 from nbutils.adapters.checkpoint_folder import checkpoints_in
 from nbutils.common.exit_status import RESUME_ME
+from nbutils.training.held_out_loss import TokenMeanTrainer
+from nbutils.training.stop_and_save import StopEvaluation
+from nbutils.training.trainer import ResumableTrainer
 
 TWO_RANKS = [("fsdp1", 1, 2), ("fsdp2", 2, 2)]
 # Checkpoints are off: what lies there was saved because it was asked for.
@@ -66,3 +70,17 @@ def test_no_loss_is_called_that_of_the_beginning_where_none_was_measured(runs):
     assert "held-out loss (not measured before) -> " in seen["fsdp1 whole"]["output"][0]
     training = json.loads((folder / "fsdp1 whole/run.json").read_text())["training"]
     assert training["held_out_loss_before"] is None
+
+
+def test_an_evaluation_that_was_given_up_is_not_begun_again(monkeypatch):
+    """The Trainer asks for it until it has ended; a second one draws random numbers, and a second save keeps them."""
+
+    def give_up(*_, **__):
+        raise StopEvaluation
+
+    monkeypatch.setattr(TokenMeanTrainer, "evaluate", give_up)
+    trainer = object.__new__(ResumableTrainer)
+    trainer.control = TrainerControl(should_evaluate=True)
+    assert trainer.evaluate() == {}
+    assert trainer.control.should_save and trainer.control.should_training_stop
+    assert not trainer.control.should_evaluate
