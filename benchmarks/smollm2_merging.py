@@ -130,6 +130,16 @@ def measured(rate: str, base: Path, held_out) -> dict:
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
+def without_adapter(base: Path, held_out) -> dict:
+    """The base alone; kept as well."""
+    kept = run_folder(RATES[0]).with_name("without_adapter.json")
+    if not kept.is_file():
+        found = {"NF4 base": load_nf4(str(base)), "bf16 base": in_bf16(base)}
+        losses = {name: round(loss(model, held_out), 4) for name, model in found.items()}
+        kept.write_text(json.dumps(losses), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=RATES, help="measure this adapter, and record nothing yet")
@@ -145,10 +155,7 @@ def main() -> None:
         "smollm2_merging",
         "python benchmarks/smollm2_learning_rates.py; python benchmarks/smollm2_merging.py",
         "SmolLM2-135M-Instruct: held-out loss of two adapters used and merged in each way; nats a token",
-        held_out_loss_without_adapter={
-            "NF4 base": round(loss(load_nf4(str(base)), held_out), 4),
-            "bf16 base": round(loss(in_bf16(base), held_out), 4),
-        },
+        held_out_loss_without_adapter=without_adapter(base, held_out),
         adapters=found,
     )
 
