@@ -6,7 +6,6 @@ only have the value that switches it off.
 """
 
 import json
-import math
 from pathlib import Path
 
 from peft import LoraConfig
@@ -110,12 +109,6 @@ def rank_of(config: LoraConfig, module: str) -> int:
 def alpha_of(config: LoraConfig, module: str) -> float:
     """The alpha that the configuration gives to a module, as `rank_of`."""
     return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-
-
-def scaling_of(config: LoraConfig, module: str) -> float:
-    """What `B @ A` is multiplied with: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
-    rank = rank_of(config, module)
-    return alpha_of(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def is_targeted(config: LoraConfig, module: str) -> bool:
