@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
-	@echo "make real       train and use a real language model, SmolLM2-135M: 93 MB once, ten minutes, 6 GB of memory"
+	@echo "make real       train and use a real language model, SmolLM2-135M: 93 MB once, no account"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make test       prove the repository"
 	@echo "make test-ci    what CI tests besides: faults at each stage of a run, and two hosts"
