@@ -307,10 +307,10 @@ def test_an_interrupt_on_the_terminal_ends_the_series_and_its_ranks(series, tmp_
 
 
 SAVES = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-pathlib.Path(sys.argv[1]).touch()
+pathlib.Path(sys.argv[1] + os.environ["RANK"]).touch()
 while not asked:
     time.sleep(0.1)
 sys.exit(75)
@@ -333,7 +333,7 @@ def test_a_sigterm_lets_a_training_save_and_the_series_says_resume_me(series, tm
         [*words, "--run-dir", str(series.run_dir)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=as_in_a_terminal,
     )  # fmt: skip
-    wait_until((tmp_path / "ready").exists, 90)
+    wait_until(lambda: len(list(tmp_path.glob("ready?"))) == 2, 90)  # before, a rank would just end
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 75, errors
