@@ -15,6 +15,9 @@ from nbutils.data.columns import RowRefused
 from nbutils.data.conversation import Conversation
 
 IGNORED = -100  # a label that the loss leaves out
+# The day that templates with a date are told. Llama 3.1's and 3.3's say this one by themselves; Llama 3.2's asks the
+# clock, and then the same rows would be other tokens tomorrow: no resume would know them again.
+THE_DAY = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,12 @@ class Marker:
 
     def _render(self, turns: list[dict], ask: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+            return self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=ask,
+                date_string=THE_DAY,
+            )
         except Exception as problem:  # whatever a template raises
             said = next(iter(str(problem).splitlines()), "") or type(problem).__name__
             raise RowRefused(

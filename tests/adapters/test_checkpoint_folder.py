@@ -202,7 +202,7 @@ def test_an_adapter_is_exported_from_a_checkpoint_of_any_name(tmp_path):
     def write(folder: Path) -> None:
         notes = {"pieces": json.dumps({key: {"shape": [2, 2], "start": 0}}), "notes": "{}"}
         save_file({f"adapter.{key}": torch.ones(2, 2)}, folder / rank_file(0), notes)
-        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": 40}))
 
     write_checkpoint(tmp_path / "checkpoint-40", write, {"world_size": 1})

@@ -1,5 +1,6 @@
 """What is learned is exactly the answers, each with its end token; or the row is refused."""
 
+import copy
 import json
 import random
 from collections import Counter
@@ -203,3 +204,16 @@ def test_the_labels_survive_trl_s_packing_and_its_collator(strategy, markers, to
     if strategy != "wrapped":
         starts = (batch["position_ids"] == 0).sum()
         assert starts == len(shortened.ids), "positions start again in each row"
+
+
+ASKS_THE_CLOCK = (  # as Llama 3.2's template does
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{{ date_string }}"
+)
+
+
+def test_a_template_that_asks_the_clock_is_told_the_same_day_on_every_day(tokenizers):
+    """Or else no resume on the next day would know its rows again."""
+    tokenizer = copy.deepcopy(tokenizers["llama"])
+    tokenizer.chat_template = ASKS_THE_CLOCK + tokenizer.chat_template
+    turns = [{"role": "user", "content": "What day is it?"}, {"role": "assistant", "content": "A day."}]
+    assert Marker(tokenizer)._render(turns).startswith("26 Jul 2024")
