@@ -58,6 +58,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check . runs/lint/fine_tuning_FSDP_QLoRA.py
 	$(BIN)/lint-imports
 	$(BIN)/codespell -D - -D docs/terms.txt
+	for notebook in notebooks/*.ipynb; do $(BIN)/nbstripout -t $$notebook; done > runs/lint/notebooks.txt
+	$(BIN)/codespell -D - -D docs/terms.txt runs/lint/notebooks.txt
 
 notebooks: $(STAMP)
 	$(BIN)/python -m nbutils refresh
