@@ -1,16 +1,21 @@
 """Draw the rooms of `nbutils`, who imports whom, and the list of tests into CONTRIBUTING.md, from the code.
 
-Run as: python docs/house_map.py
+Run as: python docs/house_map.py [JUNIT.xml ...]
+
+With reports of `python -m pytest --junitxml=JUNIT.xml` the seconds of each file of tests go to suite_seconds.json.
 """
 
 import ast
+import json
 import sys
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
+SECONDS = ROOT / "docs" / "suite_seconds.json"
 BEGIN, END = "<!-- {0} begin: python docs/house_map.py -->\n", "<!-- {0} end -->\n"
 
 
@@ -58,15 +63,26 @@ def drawing() -> str:
 
 
 def suites() -> str:
-    """Each file of tests with what it holds, as its first line says, and when it runs."""
-    lines = ["| suite | what it holds | tier |", "| --- | --- | --- |"]
+    """Each file of tests with what it holds, as its first line says, when it runs, and its seconds."""
+    seconds = json.loads(SECONDS.read_text(encoding="utf-8"))
+    lines = ["| suite | what it holds | tier | seconds |", "| --- | --- | --- | --- |"]
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
         said = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
         tier = "CI" if "pytestmark" in text and "mark.ci" in text else "each commit"
         more = ", parts by hand" if "mark.matrix" in text else ""
-        lines.append(f"| `{path.relative_to(ROOT)}` | {said.replace('|', ' ')} | {tier}{more} |")
+        name = str(path.relative_to(ROOT))
+        lines.append(f"| `{name}` | {said.replace('|', ' ')} | {tier}{more} | {seconds.get(name, '-')} |")
     return "\n".join(lines) + "\n"
+
+
+def keep_seconds(reports: list[Path]) -> None:
+    """Add up the seconds of each file of tests over these reports, and write them for the next list."""
+    spent: dict[str, float] = {}
+    for case in (case for report in reports for case in xml.parse(report).iter("testcase")):
+        name = case.get("classname", "").replace(".", "/") + ".py"
+        spent[name] = spent.get(name, 0.0) + float(case.get("time", 0))
+    SECONDS.write_text(json.dumps({name: round(spent[name]) for name in sorted(spent)}, indent=1) + "\n")
 
 
 def redrawn(page: str) -> str:
@@ -78,4 +94,6 @@ def redrawn(page: str) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        keep_seconds([Path(name) for name in sys.argv[1:]])
     PAGE.write_text(redrawn(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -34,13 +34,13 @@ def draw_change_kept(curve: dict[float, dict[str, float]], places: dict[str, flo
     for number, (label, size) in enumerate(places.items()):
         axes.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1, marker="")
         side = "right" if size > 0.1 else "left"
-        axes.text(size, 0.5 - 0.12 * number, f" {label} ", fontsize=8, ha=side)
+        axes.text(size, 0.3 - 0.1 * number, f" {label} ", fontsize=8, ha=side)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("norm of the change over norm of the weights")
     axes.set_ylabel("share of the change left")
     axes.set_ylim(-0.05, 1.08)
-    axes.legend(loc="center left", bbox_to_anchor=(0, 0.7))
+    axes.legend(loc="center left", bbox_to_anchor=(0.05, 0.6))
     numbers = "; ".join(
         f"at {size:.1%} {kept[INTO_BF16]:.2f} and {kept[INTO_NF4]:.2f}" for size, kept in curve.items()
     )
