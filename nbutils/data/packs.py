@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ def packed(
         return Batches(0, 0, 0, 0.0)
     from trl.data_utils import pack_dataset  # seconds to import
 
+    shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
         packs = [len(pack["input_ids"]) for pack in pack_dataset(rows, max_length, "bfd")]
     finally:
-        enable_progress_bars()
+        if shown:
+            enable_progress_bars()
     steps = -(-len(packs) // (packs_a_rank * ranks * accumulation))
     # A batch of packs is one long row without padding; what a pack leaves empty is not computed.
     return Batches(len(packs), steps, sum(packs), sum(packs) / max(len(packs) * max_length, 1))

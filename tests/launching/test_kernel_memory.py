@@ -119,7 +119,7 @@ def test_notebook_05_measures_its_losses_where_two_gpus_are_visible(tmp_path, mo
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     known = before_the_losses(tmp_path)
     exec(cell("def heldout_loss"), known)
-    known["heldout"] = known["heldout"].select(range(32))
+    known["heldout_rows"] = known["heldout_rows"].select(range(32))
     model = get_peft_model(load_nf4(str(tiny_base())), LoraConfig(target_modules=["q_proj"]))
     assert 1 < known["heldout_loss"](model) < 7
 
@@ -147,7 +147,13 @@ def test_notebook_05_leaves_out_what_one_card_cannot_hold(tmp_path, monkeypatch,
     peft_model = SimpleNamespace(from_pretrained=lambda base, adapter: base)  # no adapter was trained here
     known = before_the_losses(tmp_path)
     exec(cell("def heldout_loss"), known)
-    known |= {"PeftModel": peft_model, "training": {}, "done": {"bytes": 1}, "max_new_tokens": 1}
+    known |= {
+        "PeftModel": peft_model,
+        "training": {},
+        "done": {"bytes": 1},
+        "max_new_tokens": 1,
+        "not_merged": "",
+    }
     known |= {"check": check, "heldout_loss": None, "AutoModelForCausalLM": None}  # to call None fails
     for words in ("with_adapter = ", "def answer", "def out_of_nf4", "in_bf16 = "):
         exec(cell(words), known)
