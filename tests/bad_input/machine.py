@@ -39,7 +39,8 @@ def output_is_a_file(case):
 
 
 CASES = {
-    "another run": (another_run, r"holds checkpoint-50 of an earlier run\. Go on from it with --resume true"),
+    # A run goes on by itself from a complete checkpoint of its own; this one is none.
+    "another run": (another_run, r"checkpoint-50 cannot be used: manifest\.json is missing\. .* start anew"),
     "adapter folder of something else": (
         adapter_name_taken,
         r"holds something that is no adapter \(thesis\.txt\)",
