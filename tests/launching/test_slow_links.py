@@ -9,7 +9,7 @@ from nbutils.launching.dry_run import dry_run
 from nbutils.launching.dry_run_settings import DryRun
 from nbutils.planning.shapes import shape_of
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.matrix]
 STEPS, SLOW = 3, 0.005  # optimizer steps at each speed; GB/s
 
 

@@ -250,13 +250,9 @@ class TestLesson01:
         assert "plain accelerate launch on CPUs: MULTI_CPU" in text
 
 
-@pytest.mark.notebook
-@pytest.mark.launch
-def test_lesson_00_trains_and_holds_the_machine_against_the_model(tmp_path):
-    done = tmp_path / "done.ipynb"
-    given = {"run_dir": str(ROOT / "runs" / "test_lesson00")}
-    papermill.execute_notebook(START, done, given, cwd=str(ROOT), progress_bar=False, kernel_name="python3")
-    cells = nbformat.read(done, as_version=4).cells
+def test_lesson_00_trained_and_held_the_machine_against_the_model():
+    """What it says as committed; `refresh --check` executes it again and compares."""
+    cells = nbformat.read(START, as_version=4).cells
     text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
     assert "held against: tiny" in text and "FAIL on" in text
     assert text.count("  OK") >= 4
