@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from smollm2_learning_rates import run_folder
@@ -23,6 +23,7 @@ from smollm2_losses import begin, in_bf16, write
 from smollm2_losses import loss as loss_of
 
 from nbutils.adapters.merge import merge
+from nbutils.models.gguf_grid import round_as_gguf
 from nbutils.models.loading import load_nf4
 
 RATES = ("2.0e-4", "3.0e-3")
@@ -57,15 +58,6 @@ def share_kept(before: dict, after: dict, change: dict) -> float:
     """How much of the change is in the difference: its length along the change, over all layers."""
     along = sum(((after[name] - before[name]) * change[name]).sum().item() for name in change)
     return along / sum(change[name].square().sum().item() for name in change)
-
-
-def on_gguf_grid(model, kind: GGMLQuantizationType):
-    """The linear layers of a bf16 model, rounded as a GGUF file of this kind holds them."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            packed = quants.quantize(module.weight.data.float().numpy(), kind)
-            module.weight.data = torch.from_numpy(quants.dequantize(packed, kind)).to(module.weight.dtype)
-    return model
 
 
 def merged_in_bf16(base: Path, adapter: str, held_out) -> tuple[dict, bool, dict]:
@@ -103,7 +95,7 @@ def one_adapter(base: Path, adapter: str, held_out) -> dict:
     more, same, again = merged_in_bf16(base, adapter, held_out)
     losses |= more
     for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0):
-        other = PeftModel.from_pretrained(on_gguf_grid(in_bf16(base), kind), adapter)
+        other = PeftModel.from_pretrained(round_as_gguf(in_bf16(base), kind.name), adapter)
         losses[f"{kind.name} base and adapter"] = loss(other, held_out)
     return {
         "relative_change_of_the_weights": {
