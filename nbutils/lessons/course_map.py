@@ -23,6 +23,16 @@ class Lesson:
     exercises: int
     needs: str
 
+    @property
+    def number(self) -> str:
+        """`01`, or `01b` for a notebook that goes on from another one."""
+        return number(self.name)
+
+
+def number(name: str) -> str:
+    """What stands before the first `_` in the name of a notebook: `01b` of `01b_every_other_key`."""
+    return name.split("_")[0]
+
 
 LESSONS = [
     Lesson(

@@ -52,7 +52,7 @@ def refresh(folder: Path = NOTEBOOKS, check_only: bool = False) -> list[str]:
     shutil.rmtree(ROOT / REFRESH_DIR, ignore_errors=True)
     run_dir = run_series(run_dir=REFRESH_DIR, folder=folder)
     changed = []
-    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(folder.glob("[0-9]*_*.ipynb")):
         before = nbformat.read(path, as_version=4)
         after = with_outputs(before, nbformat.read(run_dir / path.name, as_version=4), run_dir)
         differences = [f"{path.name}: {difference}" for difference in compare(before, after)]

@@ -13,6 +13,7 @@ import psutil
 
 from nbutils.common.paths import RUNS, go_to_root, new_run_dir, point_latest_to
 from nbutils.launching.launch import HAVE_SAVED
+from nbutils.lessons.course_map import number
 from nbutils.models.made_here import NAMES
 from nbutils.publishing import parameters
 from nbutils.publishing.cell_progress import CellProgress
@@ -66,17 +67,15 @@ def select(folder: Path = NOTEBOOKS, begin: str | None = None, only: list[str] |
     Raises:
         BadParameters: a number that no notebook has, or a notebook that breaks the parameter contract.
     """
-    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    numbers = [path.name[:2] for path in paths]
-    for number in [*([begin] if begin else []), *(only or [])]:
-        if number not in numbers:
+    paths = sorted(folder.glob("[0-9]*_*.ipynb"))
+    numbers = [number(path.stem) for path in paths]
+    for asked in [*([begin] if begin else []), *(only or [])]:
+        if asked not in numbers:
             raise parameters.BadParameters(
-                f"There is no notebook {number} in {folder}/; found {', '.join(numbers)}."
+                f"There is no notebook {asked} in {folder}/; found {', '.join(numbers)}."
             )
     chosen = [
-        path
-        for path, number in zip(paths, numbers)
-        if (not begin or number >= begin) and (not only or number in only)
+        path for path, its in zip(paths, numbers) if (not begin or its >= begin) and (not only or its in only)
     ]
     if not chosen:
         raise parameters.BadParameters(f"No notebook is left to run in {folder}/.")
@@ -121,7 +120,7 @@ def run_series(
     if any(entry.name == TRAINING_NOTEBOOK for entry in entries):
         look_first(values)
     run_dir = _new_folder(run_dir, values)
-    numbers = ", ".join(entry.name[:2] for entry in entries)
+    numbers = ", ".join(number(entry.name) for entry in entries)
     source = params or "the defaults of the notebooks"
     print(f"Notebooks {numbers} into {run_dir}/ (parameters: {source})", flush=True)
     cell_timeout = cell_timeout or max(CELL_TIMEOUT, values.get("time_limit", 0) + AROUND_A_LAUNCH)
@@ -130,7 +129,7 @@ def run_series(
 
 
 def _checked_values(params: Path | None, overrides: dict[str, str], folder: Path) -> dict:
-    contracts = [parameters.read_contract(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
+    contracts = [parameters.read_contract(path) for path in sorted(folder.glob("[0-9]*_*.ipynb"))]
     values = parameters.read_params_file(params) if params else {}
     for name, text in overrides.items():
         values[name] = parameters.from_command_line(name, text, contracts)
@@ -240,7 +239,7 @@ def execute(entry: Entry, values: dict, run_dir: Path, place: str, cell_timeout:
         entry.status = "ok"
     except papermill.PapermillExecutionError as error:
         saved = error.ename == "LaunchStopped" and HAVE_SAVED in error.evalue
-        words = f"python -m nbutils run --from {entry.name[:2]} --run-dir {run_dir}"
+        words = f"python -m nbutils run --from {number(entry.name)} --run-dir {run_dir}"
         raise SeriesFailed(
             f"{output}: cell In [{error.exec_count}] failed with {error.ename}: {error.evalue}\n"
             f"{_indented(error.source)}\nThe executed notebook, up to this cell, is {output}."

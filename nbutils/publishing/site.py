@@ -82,7 +82,7 @@ def build(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
     Raises:
         BrokenPage: a link to a notebook that is not there, or an image without alt text.
     """
-    notebooks = sorted((ROOT / folder).glob("[0-9][0-9]_*.ipynb"))
+    notebooks = sorted((ROOT / folder).glob("[0-9]*_*.ipynb"))
     bodies = {path.stem: _notebook_body(path) for path in notebooks}
     bodies["workshop"] = markdown2html((ROOT / "docs" / "workshop.md").read_text(encoding="utf-8"))
     names = ["index", *bodies]
@@ -92,7 +92,7 @@ def build(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
     titles["index"] = soups["index"].h1.get_text()
 
     out.mkdir(parents=True, exist_ok=True)
-    for old in [*out.glob("[0-9][0-9]_*.html"), out / "workshop.html"]:
+    for old in [*out.glob("[0-9]*_*.html"), out / "workshop.html"]:
         old.unlink(missing_ok=True)
     for place, name in enumerate(names):
         links = _links(names, place, titles)

@@ -131,7 +131,7 @@ def teachers_notes(path: Path = NOTES) -> dict[str, str]:
         raise BadMaster(
             f"There is no {path.name}: the archive of a workshop has none, so make it in a whole clone."
         )
-    pieces = re.split(r"^## (\d\d_\w+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    pieces = re.split(r"^## (\d\db?_\w+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2])}
 
 
@@ -152,7 +152,7 @@ def build(out: Path, folder: Path = NOTEBOOKS) -> dict[str, int]:
     for edition in ("student", "solutions"):
         shutil.rmtree(out / edition, ignore_errors=True)
         (out / edition).mkdir(parents=True)
-    for path in sorted((ROOT / folder).glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted((ROOT / folder).glob("[0-9]*_*.ipynb")):
         if path.stem not in notes:
             raise BadMaster(f"{NOTES.name} has no section `## {path.stem}`; each notebook needs one.")
         master = nbformat.read(path, as_version=4)

@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 
 from nbutils.common.paths import ROOT
 from nbutils.lessons import plots
+from nbutils.lessons.course_map import number
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -71,7 +72,7 @@ def test_headings_are_in_order(path):
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels)), found
     titles = [title for _, title in found]
     assert len(titles) == len(set(titles)), "two sections of one name"
-    assert titles[0].startswith(f"{path.name[:2]} · ")
+    assert titles[0].startswith(f"{number(path.stem)} · ")
 
 
 # ---- colours --------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_after_04_every_notebook_runs_again_in_any_order(tmp_path):
     if (ROOT / "runs/cache").is_dir():
         shutil.copytree(ROOT / "runs/cache", tree / "runs/cache")
     trained, *others = sorted(
-        (tree / "notebooks").glob("*.ipynb"), key=lambda path: (path.name[:2] != "04", path.name)
+        (tree / "notebooks").glob("*.ipynb"), key=lambda path: (not path.name.startswith("04_"), path.name)
     )
     for path in [trained, *reversed(others)]:
         assert proving.failing_cells(proving.run_through(path, tree)) == {}, path.name
