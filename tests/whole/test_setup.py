@@ -18,7 +18,7 @@ from nbutils.common.paths import ROOT
 
 PINS = {
     "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "accelerate": "1.15.0",
     "peft": "0.21.2",
     "trl": "1.16.0",
