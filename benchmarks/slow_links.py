@@ -19,6 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.common.paths import ROOT, go_to_root
+from nbutils.common.provenance import provenance
 from nbutils.launching.dry_run import dry_run
 from nbutils.launching.dry_run_record import describe
 from nbutils.launching.dry_run_settings import DryRun
@@ -32,6 +33,10 @@ CASES = {  # accelerate config, rows a rank, goal file of the script's settings
     "fastest": (OFFLOADED, 4, "fastest_2x24gb"),
     "resident": (FSDP2, 2, "resident_2x24gb"),
 }
+WHAT = (
+    "seconds of a step as the links get slower: incoming bytes wait as long as they would take at `link_gbs`"
+)
+COMMAND = "python benchmarks/slow_links.py --layers 12 --steps 5 --cap 21.3"
 WARM_UP = 3  # steps before the first that counts: compiled layers, first gathers
 
 
@@ -82,8 +87,12 @@ def measure(name: str, options: argparse.Namespace, speeds: list[float]) -> dict
     if result["outcome"] != "ok":
         print((run_dir / "train.log").read_text()[-3000:], flush=True)
         return {"outcome": result["outcome"]}
-    kept = {key: result[key] for key in ("machine", "versions", "commit", "date", "command", "config")}
-    return kept | {"layers": options.layers, "by_speed": by_speed(run_dir, speeds, options.steps)}
+    return {
+        "command": result["command"],
+        "config": result["config"],
+        "layers": options.layers,
+        "by_speed": by_speed(run_dir, speeds, options.steps),
+    }
 
 
 def main() -> int:
@@ -107,7 +116,8 @@ def main() -> int:
     for name in options.cases.split(","):
         results[name] = measure(name, options, speeds)
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "slow_links.json").write_text(json.dumps(results, indent=1) + "\n")
+        whole = {"what": WHAT, **provenance(COMMAND, options.commit), "cases": results}
+        (options.out / "slow_links.json").write_text(json.dumps(whole, indent=1) + "\n")
     for name, result in results.items():
         for row in result.get("by_speed", []):
             print(f"{name:16}{row['link_gbs']:6.0f} GB/s{row['step_seconds']:8.2f} s a step"
