@@ -1,5 +1,6 @@
 """What the exercises want: each answer is worked out or kept as a hash, with the reason behind usual wrong ones."""
 
+from nbutils.launching.config_files import FILLED
 from nbutils.lessons.config_at_70b import gradient_ratio
 from nbutils.lessons.judging import READ_AGAIN, Judge, equal_to, hashed, shown
 from nbutils.planning.memory_items import GIB, quantisation_state_bytes
@@ -70,6 +71,20 @@ def _rows_for_chats(yours) -> str:
     return ""
 
 
+def _copy_stays(held) -> str:
+    """[(shard, gathered copy), ...] in bytes before, during and after the layer: the copy must be there afterwards."""
+    if held[0][1]:
+        return "Now the copy is there before anything was gathered. Another line frees it after the layer."
+    if not held[-1][1]:
+        return "After the layer the gathered copy is gone. Which line frees it?"
+    return "" if held[1][1] else "Nothing is gathered any more. Take out one line, and leave the others."
+
+
+def _cards_without_offload() -> int:
+    seventy, room = MODELS["llama31_70b"], FILLED * 23.6
+    return next(cards for cards in range(2, 100) if gpu_gib(seventy, cards, False) <= room)
+
+
 def _two_machines(given) -> str:
     wanted = {"nnodes": 2, "nproc_per_node": 8, "node_rank": 1}
     explain = {
@@ -112,8 +127,16 @@ ANSWERS: dict[str, Judge] = {
             (35.8 / 2, 35.8): "Four ranks share the weights, not two.",
         },
     ),
-    "01.2": _two_machines,
+    "01.2": _copy_stays,
     "01.3": equal_to(
+        _cards_without_offload,
+        {
+            2: "Offload is still true there: print the whole fsdp_config of the file for two cards.",
+            3: "By the bare count it fits, and leaves less room than `for_machine` wants.",
+        },
+    ),
+    "01b.1": _two_machines,
+    "01b.2": equal_to(
         lambda: gradient_ratio(SEVENTY, 64),
         {
             gradient_ratio(SEVENTY, 16): "That is rank 16. A larger adapter is a larger part of the unit.",
@@ -121,7 +144,7 @@ ANSWERS: dict[str, Judge] = {
             * gradient_ratio(SEVENTY, 16): "A larger adapter is a larger part of the unit: the ratio falls.",
         },
     ),
-    "01.4": _really_asks,
+    "01b.3": _really_asks,
     "02.2": equal_to(
         lambda: _cast_adds(EIGHT),
         {

@@ -71,6 +71,49 @@ def gradient_ratio(shape: Shape, lora_r: int) -> float:
     return (layers + adapter) / adapter
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What a wrap policy makes: units, bytes of the largest gather, bytes of gradients that a rank receives in a step."""
+
+    units: int
+    largest: float
+    gradients: float
+
+
+def wrap_policies(shape: Shape, ranks: int, lora_r: int) -> dict[str, Policy]:
+    """Units and traffic of each wrap policy, by the names of the measurement.
+
+    PEFT's policy makes a unit of each of the two adapter matrices beside a layer's seven projections. FSDP 2 under
+    accelerate gives embedding and head units of their own.
+
+    Args:
+        shape: of the model; its head is not tied to the embedding.
+        ranks: how many share it.
+        lora_r: rank of the adapter.
+    """
+    layers, root, adapter = parts(shape, lora_r)
+    share = (ranks - 1) / ranks
+    embedding = BF16 * shape.vocab * shape.hidden
+    return {
+        "FULL_SHARD": Policy(shape.layers * (1 + 2 * 7) + 1, root, share * adapter),
+        "file policy, orig": Policy(shape.layers + 1, root, share * (layers + adapter)),
+        "no wrap, orig": Policy(1, layers + root + adapter, share * (layers + root + adapter)),
+        "fsdp2 reshard": Policy(shape.layers + 3, embedding, share * adapter),
+    }
+
+
+def highest_moment(shape: Shape, ranks: int, version: int, offload: bool) -> float:
+    """GiB planned on each GPU for one row of 1,024 tokens; FSDP 2 with offload has embedding and head on the host."""
+    choices = Choices(embeddings_on_host=version == 2 and offload)
+    return plan(shape, Setup(ranks, version, offload), 1, 1024, choices=choices).gpu_peak_bytes / GIB
+
+
+def trained_bytes(shape: Shape, ranks: int, lora_r: int = LORA_RANK) -> dict[str, float]:
+    """Bytes on a rank for adapter, gradients and Adam's two averages, by the dtype in which the adapter is kept."""
+    adapter = parts(shape, lora_r)[2]
+    return {"bfloat16": 4 * adapter / ranks, "float32": 4 * FP32 / BF16 * adapter / ranks}
+
+
 def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[list[str]]:
     """Rows for the keys that decide: key, what it decides, the recipe's value, another value; GiB of one rank.
 
@@ -81,11 +124,8 @@ def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[lis
     """
     weights = strategies(shape, ranks, lora_r)
     layers, root, adapter = parts(shape, lora_r)
-    peaks = {
-        (version, offload): plan(shape, Setup(ranks, version, offload), 1, 1024, lora_r).gpu_peak_bytes
-        for version, offload in ((1, True), (1, False), (2, False))
-    }
-    trained = {"bf16": 4 * adapter / ranks, "fp32": 4 * FP32 / BF16 * adapter / ranks}
+    peaks = {way: highest_moment(shape, ranks, *way) * GIB for way in ((1, True), (1, False), (2, False))}
+    trained = trained_bytes(shape, ranks, lora_r)
 
     def row(key: str, decides: str, recipe: tuple[str, float], other: tuple[str, float]) -> list[str]:
         return [key, decides, *(f"{value}: {size / GIB:.1f}" for value, size in (recipe, other))]
@@ -97,8 +137,8 @@ def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[lis
             ("NO_WRAP", layers + root + adapter)),
         row("fsdp_offload_params", "highest moment of a step", ("true", peaks[1, True]), ("false", peaks[1, False])),
         row("fsdp_version", "the same, without offload", ("1", peaks[1, False]), ("2", peaks[2, False])),
-        row("mixed_precision", "adapter, gradients, Adam", ("no (bf16)", trained["bf16"]),
-            ("bf16 (fp32 kept)", trained["fp32"])),
+        row("mixed_precision", "adapter, gradients, Adam", ("no (bf16)", trained["bfloat16"]),
+            ("bf16 (fp32 kept)", trained["float32"])),
     ]  # fmt: skip
 
 
