@@ -73,7 +73,7 @@ def gradient_ratio(shape: Shape, lora_r: int) -> float:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a wrap policy makes: units, bytes of the largest gather, bytes of gradients that a rank receives in a step."""
+    """What a wrap policy makes: units, bytes of the largest gather, bytes of gradients received in a step."""
 
     units: int
     largest: float

@@ -1,9 +1,12 @@
 """How long a reader's rows take at recorded speeds, and what they cost."""
 
-from nbutils.planning.step_time import hours
+from nbutils.planning.shapes import Shape
+from nbutils.planning.step_time import hours, pcie_estimate
 
 # A run whose rows are more than so many times as long as the reader's was made for other data.
 TOO_LONG = 8
+# GB/s from the host, GB/s between the cards, TFLOP/s reached in bf16: guesses for such cards, not measured by us.
+CONSUMER = {"two 3090s": (20, 8, 35), "two 4090s": (22, 10, 85)}
 
 
 def hours_rows(runs: dict[str, dict], samples: int, tokens: int, price: float) -> list[list[str]]:
@@ -32,4 +35,30 @@ def hours_rows(runs: dict[str, dict], samples: int, tokens: int, price: float) -
         else:
             costs = f"{full * price:.0f}", f"{alone * price:.0f}"
             rows.append([name, shape, f"{speed:,.0f}", f"{full:.1f}", f"{alone:.1f}", *costs])
+    return rows
+
+
+def estimated_rows(shape: Shape, batch: int, length: int, samples: int, tokens: int) -> list[list[str]]:
+    """Rows of the same table for cards that were not measured: from nothing hidden to the shorter time hidden.
+
+    Args:
+        shape: of the model, in NF4 with offload.
+        batch: rows of a rank and step.
+        length: tokens of a row.
+        samples: how many are trained on, over all epochs.
+        tokens: of one sample.
+    """
+    packed = (
+        shape.parameters / 2 + 1.5 * 2 * shape.vocab * shape.hidden
+    )  # half a byte each; embedding and head two
+    rows = []
+    for name, (host, between, tflops) in CONSUMER.items():
+        guess = pcie_estimate(packed, shape.parameters, batch * length, 2, host, between, tflops)
+        slow, fast = guess["tokens_per_second"], guess["hidden_tokens_per_second"]
+        full, alone = (
+            f"{hours(samples * each, fast):.1f} to {hours(samples * each, slow):.1f}"
+            for each in (tokens, length)
+        )
+        speeds = f"{slow:,.0f} to {fast:,.0f}"
+        rows.append([f"{name}, ESTIMATE", f"{batch} x {length:,}", speeds, full, alone, "-", "-"])
     return rows
