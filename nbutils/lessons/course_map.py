@@ -38,13 +38,13 @@ LESSONS = [
     Lesson(
         "00_start_here",
         "Can this machine do it, and what will it take?",
-        1,
-        15,
+        2,
+        11,
         10,
         "Linux, Python 3.11 to 3.13",
     ),
-    Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 15, 15, "nothing more"),
-    Lesson("01b_every_other_key", "What does each other key do?", 1, 30, 15, "nothing more; a reference"),
+    Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 17, 15, "nothing more"),
+    Lesson("01b_every_other_key", "What does each other key do?", 1, 15, 15, "nothing more; a reference"),
     Lesson(
         "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 20, 15, "nothing more"
     ),
