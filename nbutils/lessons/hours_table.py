@@ -1,12 +1,10 @@
 """How long a reader's rows take at recorded speeds, and what they cost."""
 
 from nbutils.planning.shapes import Shape
-from nbutils.planning.step_time import hours, pcie_estimate
+from nbutils.planning.step_time import ASSUMED_CARDS, hours, packed_weights, pcie_estimate
 
 # A run whose rows are more than so many times as long as the reader's was made for other data.
 TOO_LONG = 8
-# GB/s from the host, GB/s between the cards, TFLOP/s reached in bf16: guesses for such cards, not measured by us.
-CONSUMER = {"two 3090s": (20, 8, 35), "two 4090s": (22, 10, 85)}
 
 
 def hours_rows(runs: dict[str, dict], samples: int, tokens: int, price: float) -> list[list[str]]:
@@ -48,12 +46,9 @@ def estimated_rows(shape: Shape, batch: int, length: int, samples: int, tokens: 
         samples: how many are trained on, over all epochs.
         tokens: of one sample.
     """
-    packed = (
-        shape.parameters / 2 + 1.5 * 2 * shape.vocab * shape.hidden
-    )  # half a byte each; embedding and head two
     rows = []
-    for name, (host, between, tflops) in CONSUMER.items():
-        guess = pcie_estimate(packed, shape.parameters, batch * length, 2, host, between, tflops)
+    for name, card in ASSUMED_CARDS.items():
+        guess = pcie_estimate(packed_weights(shape), shape.parameters, batch * length, 2, **card)
         slow, fast = guess["tokens_per_second"], guess["hidden_tokens_per_second"]
         full, alone = (
             f"{hours(samples * each, fast):.1f} to {hours(samples * each, slow):.1f}"
