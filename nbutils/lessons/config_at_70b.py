@@ -146,8 +146,8 @@ def four_ways(shape: Shape) -> list[list[str]]:
     """Rows for FSDP 1 and 2, with and without offload, at 2 x 2,048 tokens on two ranks.
 
     Returns:
-        FSDP, offload, GiB planned as it is, settings of the script to add, GiB with them, room on a 24 GB card in GiB,
-        recorded tokens a second.
+        FSDP, offload, GiB planned on a GPU as it is, settings of the script to add, GiB with them, GiB of room on a
+        24 GB card, GiB of host memory for both ranks, recorded tokens a second.
     """
     host = Choices(embeddings_on_host=True)
     activations = Choices(embeddings_on_host=True, offload_activations=True)
@@ -164,6 +164,8 @@ def four_ways(shape: Shape) -> list[list[str]]:
         plain, chosen = (plan(shape, setup, 2, 2048, choices=given) for given in (Choices(), choices))
         before = "refused" if (version, offload) == (2, True) else f"{plain.gpu_peak_bytes / GIB:.1f}"
         speed = records.load(name)["measured"]["tokens_per_second"] if name else None
-        rows.append([str(version), "yes" if offload else "no", before, settings, f"{chosen.gpu_peak_bytes / GIB:.1f}",
-                     f"{fits(chosen)[24]:+.1f}", f"{speed:,.0f}" if speed else "not run"])  # fmt: skip
+        host_gib = setup.world_size * sum(chosen.host.values()) / GIB
+        gib = f"{chosen.gpu_peak_bytes / GIB:.1f}", f"{fits(chosen)[24]:+.1f}", f"{host_gib:.0f}"
+        said = f"{speed:,.0f}" if speed else "not run"
+        rows.append([str(version), "yes" if offload else "no", before, settings, *gib, said])
     return rows

@@ -11,7 +11,7 @@ from nbutils.launching.launch import choose_config, launch
 SCRIPT = "benchmarks/measure_config_keys.py"
 
 
-def measure(run_dir: Path, num_processes: int = 2) -> tuple[dict, Path]:
+def measure(run_dir: Path, num_processes: int = 2) -> dict:
     """Launch the measurement: with two GPUs or more on them, else rehearsed on CPU processes.
 
     Args:
@@ -19,7 +19,7 @@ def measure(run_dir: Path, num_processes: int = 2) -> tuple[dict, Path]:
         num_processes: ranks; one alone has nothing to share, so two are taken at least.
 
     Returns:
-        What all ranks saw (`ranks[0]["variants"][name]` is one variant as rank 0 saw it), and the log.
+        What all ranks saw (`ranks[0]["variants"][name]` is one variant as rank 0 saw it).
 
     Raises:
         RuntimeError: the launch failed.
@@ -30,7 +30,7 @@ def measure(run_dir: Path, num_processes: int = 2) -> tuple[dict, Path]:
     how = {"log": log, "num_processes": max(2, num_processes), "rehearsal": rehearse}
     with patch.dict(os.environ, hidden):
         launch(SCRIPT, ["--out", out], choose_config(1, rehearse), **how)
-    return json.loads(out.read_text(encoding="utf-8")), log
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def seen(report: dict | None, name: str) -> dict | None:
