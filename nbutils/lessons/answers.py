@@ -1,5 +1,6 @@
 """What the exercises want: each answer is worked out or kept as a hash, with the reason behind usual wrong ones."""
 
+from nbutils.launching.config_files import FILLED
 from nbutils.lessons.config_at_70b import gradient_ratio
 from nbutils.lessons.judging import READ_AGAIN, Judge, equal_to, hashed, shown
 from nbutils.planning.memory_items import GIB, quantisation_state_bytes
@@ -43,6 +44,15 @@ def _loss_stays(change) -> str:
     )
 
 
+def _falls_further(times) -> str:
+    """How many times as far as before the held-out loss fell: half as far again, at least."""
+    if not times > 0:  # also what is no number
+        return "The loss did not fall at all: such a step jumps over what it aims at."
+    if times < 1:
+        return "It fell less far than before. Go the other way, or less far."
+    return "" if times >= 1.5 else "It fell further than before, and not far enough. Go on in this direction."
+
+
 def _models_that_fit(yours) -> str:
     wanted = {name for name, m in MODELS.items() if name != "tiny" and gpu_gib(m, 2, False) <= 24}
     for name in set(yours) - {"tiny"}:
@@ -68,6 +78,20 @@ def _rows_for_chats(yours) -> str:
     if _room_for_chats(batch + max(1, batch // 8), length) > 0:
         return "It fits, and there is room for many more rows: each step moves all weights anyway."
     return ""
+
+
+def _copy_stays(held) -> str:
+    """[(shard, gathered copy), ...] in bytes before, during and after the layer: the copy must be there afterwards."""
+    if held[0][1]:
+        return "Now the copy is there before anything was gathered. Another line frees it after the layer."
+    if not held[-1][1]:
+        return "After the layer the gathered copy is gone. Which line frees it?"
+    return "" if held[1][1] else "Nothing is gathered any more. Take out one line, and leave the others."
+
+
+def _cards_without_offload() -> int:
+    seventy, room = MODELS["llama31_70b"], FILLED * 23.6
+    return next(cards for cards in range(2, 100) if gpu_gib(seventy, cards, False) <= room)
 
 
 def _two_machines(given) -> str:
@@ -102,6 +126,7 @@ ANSWERS: dict[str, Judge] = {
     "00.2": equal_to(_seventy_scales, {0.51: "You divided it by the ranks. Is it a parameter?"}),
     "00.3": _models_that_fit,
     "00.4": _loss_stays,
+    "00.5": _falls_further,
     "01.1": equal_to(
         lambda: (35.8 / 4, 35.8),
         {
@@ -112,8 +137,16 @@ ANSWERS: dict[str, Judge] = {
             (35.8 / 2, 35.8): "Four ranks share the weights, not two.",
         },
     ),
-    "01.2": _two_machines,
+    "01.2": _copy_stays,
     "01.3": equal_to(
+        _cards_without_offload,
+        {
+            2: "Offload is still true there: print the whole fsdp_config of the file for two cards.",
+            3: "By the bare count it fits, and leaves less room than `for_machine` wants.",
+        },
+    ),
+    "01b.1": _two_machines,
+    "01b.2": equal_to(
         lambda: gradient_ratio(SEVENTY, 64),
         {
             gradient_ratio(SEVENTY, 16): "That is rank 16. A larger adapter is a larger part of the unit.",
@@ -121,7 +154,7 @@ ANSWERS: dict[str, Judge] = {
             * gradient_ratio(SEVENTY, 16): "A larger adapter is a larger part of the unit: the ratio falls.",
         },
     ),
-    "01.4": _really_asks,
+    "01b.3": _really_asks,
     "02.2": equal_to(
         lambda: _cast_adds(EIGHT),
         {

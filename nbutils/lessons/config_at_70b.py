@@ -71,6 +71,49 @@ def gradient_ratio(shape: Shape, lora_r: int) -> float:
     return (layers + adapter) / adapter
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What a wrap policy makes: units, bytes of the largest gather, bytes of gradients received in a step."""
+
+    units: int
+    largest: float
+    gradients: float
+
+
+def wrap_policies(shape: Shape, ranks: int, lora_r: int) -> dict[str, Policy]:
+    """Units and traffic of each wrap policy, by the names of the measurement.
+
+    PEFT's policy makes a unit of each of the two adapter matrices beside a layer's seven projections. FSDP 2 under
+    accelerate gives embedding and head units of their own.
+
+    Args:
+        shape: of the model; its head is not tied to the embedding.
+        ranks: how many share it.
+        lora_r: rank of the adapter.
+    """
+    layers, root, adapter = parts(shape, lora_r)
+    share = (ranks - 1) / ranks
+    embedding = BF16 * shape.vocab * shape.hidden
+    return {
+        "FULL_SHARD": Policy(shape.layers * (1 + 2 * 7) + 1, root, share * adapter),
+        "file policy, orig": Policy(shape.layers + 1, root, share * (layers + adapter)),
+        "no wrap, orig": Policy(1, layers + root + adapter, share * (layers + root + adapter)),
+        "fsdp2 reshard": Policy(shape.layers + 3, embedding, share * adapter),
+    }
+
+
+def highest_moment(shape: Shape, ranks: int, version: int, offload: bool) -> float:
+    """GiB planned on each GPU for one row of 1,024 tokens; FSDP 2 with offload has embedding and head on the host."""
+    choices = Choices(embeddings_on_host=version == 2 and offload)
+    return plan(shape, Setup(ranks, version, offload), 1, 1024, choices=choices).gpu_peak_bytes / GIB
+
+
+def trained_bytes(shape: Shape, ranks: int, lora_r: int = LORA_RANK) -> dict[str, float]:
+    """Bytes on a rank for adapter, gradients and Adam's two averages, by the dtype in which the adapter is kept."""
+    adapter = parts(shape, lora_r)[2]
+    return {"bfloat16": 4 * adapter / ranks, "float32": 4 * FP32 / BF16 * adapter / ranks}
+
+
 def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[list[str]]:
     """Rows for the keys that decide: key, what it decides, the recipe's value, another value; GiB of one rank.
 
@@ -81,11 +124,8 @@ def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[lis
     """
     weights = strategies(shape, ranks, lora_r)
     layers, root, adapter = parts(shape, lora_r)
-    peaks = {
-        (version, offload): plan(shape, Setup(ranks, version, offload), 1, 1024, lora_r).gpu_peak_bytes
-        for version, offload in ((1, True), (1, False), (2, False))
-    }
-    trained = {"bf16": 4 * adapter / ranks, "fp32": 4 * FP32 / BF16 * adapter / ranks}
+    peaks = {way: highest_moment(shape, ranks, *way) * GIB for way in ((1, True), (1, False), (2, False))}
+    trained = trained_bytes(shape, ranks, lora_r)
 
     def row(key: str, decides: str, recipe: tuple[str, float], other: tuple[str, float]) -> list[str]:
         return [key, decides, *(f"{value}: {size / GIB:.1f}" for value, size in (recipe, other))]
@@ -97,8 +137,8 @@ def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[lis
             ("NO_WRAP", layers + root + adapter)),
         row("fsdp_offload_params", "highest moment of a step", ("true", peaks[1, True]), ("false", peaks[1, False])),
         row("fsdp_version", "the same, without offload", ("1", peaks[1, False]), ("2", peaks[2, False])),
-        row("mixed_precision", "adapter, gradients, Adam", ("no (bf16)", trained["bf16"]),
-            ("bf16 (fp32 kept)", trained["fp32"])),
+        row("mixed_precision", "adapter, gradients, Adam", ("no (bf16)", trained["bfloat16"]),
+            ("bf16 (fp32 kept)", trained["float32"])),
     ]  # fmt: skip
 
 
@@ -106,8 +146,8 @@ def four_ways(shape: Shape) -> list[list[str]]:
     """Rows for FSDP 1 and 2, with and without offload, at 2 x 2,048 tokens on two ranks.
 
     Returns:
-        FSDP, offload, GiB planned as it is, settings of the script to add, GiB with them, room on a 24 GB card in GiB,
-        recorded tokens a second.
+        FSDP, offload, GiB planned on a GPU as it is, settings of the script to add, GiB with them, GiB of room on a
+        24 GB card, GiB of host memory for both ranks, recorded tokens a second.
     """
     host = Choices(embeddings_on_host=True)
     activations = Choices(embeddings_on_host=True, offload_activations=True)
@@ -124,6 +164,8 @@ def four_ways(shape: Shape) -> list[list[str]]:
         plain, chosen = (plan(shape, setup, 2, 2048, choices=given) for given in (Choices(), choices))
         before = "refused" if (version, offload) == (2, True) else f"{plain.gpu_peak_bytes / GIB:.1f}"
         speed = records.load(name)["measured"]["tokens_per_second"] if name else None
-        rows.append([str(version), "yes" if offload else "no", before, settings, f"{chosen.gpu_peak_bytes / GIB:.1f}",
-                     f"{fits(chosen)[24]:+.1f}", f"{speed:,.0f}" if speed else "not run"])  # fmt: skip
+        host_gib = setup.world_size * sum(chosen.host.values()) / GIB
+        gib = f"{chosen.gpu_peak_bytes / GIB:.1f}", f"{fits(chosen)[24]:+.1f}", f"{host_gib:.0f}"
+        said = f"{speed:,.0f}" if speed else "not run"
+        rows.append([str(version), "yes" if offload else "no", before, settings, *gib, said])
     return rows

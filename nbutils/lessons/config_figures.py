@@ -1,4 +1,4 @@
-"""The two figures of lesson 01: what a strategy keeps and moves, and in what order weights are asked for."""
+"""Figures of lessons 01 and 01b: what a strategy keeps and moves, and in what order weights are asked for."""
 
 import matplotlib.pyplot as plt
 
@@ -20,24 +20,26 @@ def backward_order(events: list, layers: list[str]) -> list[tuple[str, str]]:
     return [(words[e[0]], e[1]) for e in events[begin + 1 :] if e[0] in words and e[1] in layers]
 
 
-def draw_strategies(rows: dict[str, tuple[float, float, float]]) -> None:
+def draw_strategies(rows: dict[str, tuple[float, float, float]], unit: str, model: str) -> None:
     """Bars of the bytes on a rank beside the bytes that it receives.
 
     Args:
-        rows: setting to (kept all the time, gathered between the passes, received in a step), in KiB.
+        rows: setting to (kept all the time, gathered between the passes, received in a step).
+        unit: of these numbers.
+        model: whose weights they are.
     """
     names = list(rows)
     kept, held, moved = zip(*rows.values())
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), sharey=True)
     left.barh(names, kept, label="kept all the time")
     left.barh(names, held, left=kept, hatch="///", label="gathered, between the passes")
-    left.set_xlabel("KiB of weights on a rank")
+    left.set_xlabel(f"{unit} of weights on a rank ({model})")
     left.legend(loc="upper center", bbox_to_anchor=(0.4, 1.28), fontsize=8)
     left.invert_yaxis()
     right.barh(names, moved, color=GREEN)
-    right.set_xlabel("KiB received by a rank in a step")
-    told = [f"{n}: {a:.0f} KiB kept, {b:.0f} gathered, {c:.0f} moved" for n, (a, b, c) in rows.items()]
-    show(figure, "Bars for each setting. " + "; ".join(told) + ".")
+    right.set_xlabel(f"{unit} received by a rank in a step")
+    told = [f"{n}: {a:.1f} {unit} kept, {b:.1f} gathered, {c:.1f} moved" for n, (a, b, c) in rows.items()]
+    show(figure, f"Bars for each setting, {model}. " + "; ".join(told) + ".")
 
 
 def draw_orders(orders: dict[str, list[tuple[str, str]]]) -> None:

@@ -1,6 +1,7 @@
 """How long a reader's rows take at recorded speeds, and what they cost."""
 
-from nbutils.planning.step_time import hours
+from nbutils.planning.shapes import Shape
+from nbutils.planning.step_time import ASSUMED_CARDS, hours, packed_weights, pcie_estimate
 
 # A run whose rows are more than so many times as long as the reader's was made for other data.
 TOO_LONG = 8
@@ -32,4 +33,27 @@ def hours_rows(runs: dict[str, dict], samples: int, tokens: int, price: float) -
         else:
             costs = f"{full * price:.0f}", f"{alone * price:.0f}"
             rows.append([name, shape, f"{speed:,.0f}", f"{full:.1f}", f"{alone:.1f}", *costs])
+    return rows
+
+
+def estimated_rows(shape: Shape, batch: int, length: int, samples: int, tokens: int) -> list[list[str]]:
+    """Rows of the same table for cards that were not measured: from nothing hidden to the shorter time hidden.
+
+    Args:
+        shape: of the model, in NF4 with offload.
+        batch: rows of a rank and step.
+        length: tokens of a row.
+        samples: how many are trained on, over all epochs.
+        tokens: of one sample.
+    """
+    rows = []
+    for name, card in ASSUMED_CARDS.items():
+        guess = pcie_estimate(packed_weights(shape), shape.parameters, batch * length, 2, **card)
+        slow, fast = guess["tokens_per_second"], guess["hidden_tokens_per_second"]
+        full, alone = (
+            f"{hours(samples * each, fast):.1f} to {hours(samples * each, slow):.1f}"
+            for each in (tokens, length)
+        )
+        speeds = f"{slow:,.0f} to {fast:,.0f}"
+        rows.append([f"{name}, ESTIMATE", f"{batch} x {length:,}", speeds, full, alone, "-", "-"])
     return rows

@@ -64,7 +64,9 @@ def draw_needs(plans: dict[str, Plan], card: int = 24) -> None:
         card: nominal size in GB.
     """
     bars = {label: parts_of(planned) for label, planned in plans.items()}
-    told = "; ".join(f"{label} {sum(bar.values()):.1f} GiB" for label, bar in bars.items())
+    told = "; ".join(
+        f"{label} {sum(bar.values()):.1f} GiB, {plans[label].peak_moment}" for label, bar in bars.items()
+    )
     figure = needs_figure(plans, card)
     plots.show(figure, f"Stacked bars: {told}. The line of a {card} GB card is at {CARDS[card]} GiB.")
 
@@ -74,17 +76,20 @@ def needs_figure(plans: dict[str, Plan], card: int = 24) -> plt.Figure:
     bars = {label: _thick(parts_of(planned)) for label, planned in plans.items()}
     names = list(dict.fromkeys(name for bar in bars.values() for name in bar))
     figure, axes = plt.subplots(figsize=(7.2, 0.6 * len(plans) + 2.6))
-    for row, bar in enumerate(bars.values()):
+    for row, (label, bar) in enumerate(bars.items()):
         left = 0.0
         for number, name in enumerate(names):
             style = {"color": COLOURS[number % 6], "hatch": HATCHES[number // 6]}
             axes.barh(row, bar.get(name, 0), 0.6, left, edgecolor="white", linewidth=0.4, label=name, **style)
             left += bar.get(name, 0)
-        axes.text(left, row, f" {left:.1f}", va="center", fontsize=8)
+        said = f"{left:.1f}, {plans[label].peak_moment}"
+        axes.text(
+            left + 0.3, row, said, va="center", fontsize=8, bbox={"fc": "white", "ec": "none", "pad": 1}
+        )
     axes.axvline(CARDS[card], color=plots.BLACK, linestyle="--", linewidth=1, marker="")
     axes.text(CARDS[card], -0.45, f" {card} GB card: {CARDS[card]} GiB", fontsize=8)
     axes.set_yticks(range(len(bars)), bars)
-    axes.set_ylim(len(bars) - 0.5, -0.7)
+    axes.set(xlim=(0, 1.25 * max(sum(bar.values()) for bar in bars.values())), ylim=(len(bars) - 0.5, -0.7))
     axes.set_xlabel("GiB on each of two GPUs at the highest moment, planned")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))

@@ -1,10 +1,28 @@
 """The life of a unit: what two ranks hold while they gather, compute and free one layer."""
 
+import ast
+import re
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 
 from nbutils.lessons import plots
 
 MOMENTS = ("before", "gathered: compute", "freed")
+
+
+def told_by_ranks(log: Path) -> dict[str, tuple[list[tuple[int, int]], int]]:
+    """What the ranks of `one_layer.py` printed, in the order of the ranks.
+
+    Args:
+        log: of a launch; each rank prints `held [(shard, gathered copy), ...] checksum N` in it.
+
+    Returns:
+        rank's name to ((shard, gathered copy) in bytes at each moment, sum of its result).
+    """
+    told = re.findall(r"rank (\d+)\] held (\[.*\]) checksum (\d+)", log.read_text(encoding="utf-8"))
+    lines = sorted((int(rank), ast.literal_eval(held), int(total)) for rank, held, total in told)
+    return {f"rank {rank}": (held, total) for rank, held, total in lines}
 
 
 def draw_life(held: dict[str, list[tuple[float, float]]], unit: str) -> None:

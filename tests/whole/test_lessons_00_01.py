@@ -1,4 +1,4 @@
-"""Lessons 00 and 01: they cover every key, they run, and what they say is what was measured."""
+"""Lessons 00, 01 and 01b: they cover every key, they run, and what they say is what was measured."""
 
 import json
 import math
@@ -11,18 +11,28 @@ import pytest
 from nbutils.common.paths import ROOT
 from nbutils.launching import config_files as configs
 from nbutils.lessons import records as recorded
-from nbutils.lessons.config_at_70b import gradient_ratio, strategies
+from nbutils.lessons.config_at_70b import gradient_ratio, strategies, wrap_policies
 from nbutils.lessons.course_map import LESSONS
 from nbutils.planning.shapes import Shape
 
-START, KEYS = ROOT / "notebooks/00_start_here.ipynb", ROOT / "notebooks/01_fsdp_config_choices.ipynb"
+START, DECIDE, OTHERS = (
+    ROOT / f"notebooks/{name}.ipynb"
+    for name in ("00_start_here", "01_fsdp_config_choices", "01b_every_other_key")
+)
+FIVE = {
+    ("fsdp_sharding_strategy", "fsdp_reshard_after_forward"),
+    ("fsdp_auto_wrap_policy",),
+    ("fsdp_offload_params",),
+    ("fsdp_version",),
+    ("mixed_precision",),
+}
 PARTS = ("**Question.**", "**Measurement.**", "**Change it")
 
 
-def sections() -> dict[tuple[str, ...], list]:
-    """The sections of lesson 01 that are about keys: (keys of the heading) -> [(kind, text), ...]."""
+def sections(path) -> dict[tuple[str, ...], list]:
+    """The sections of a lesson that are about keys: (keys of the heading) -> [(kind, text), ...]."""
     found, keys = {}, None
-    for cell in nbformat.read(KEYS, as_version=4).cells:
+    for cell in nbformat.read(path, as_version=4).cells:
         pieces = (
             re.split(r"^(#+ .*)$", cell.source, flags=re.MULTILINE)
             if cell.cell_type == "markdown"
@@ -38,22 +48,29 @@ def sections() -> dict[tuple[str, ...], list]:
     return found
 
 
-def test_the_keys_of_the_lesson_are_the_keys_of_the_files():
-    explained = [key for keys in sections() for key in keys]
+def test_the_keys_of_the_lessons_are_the_keys_of_the_files():
+    explained = [key for path in (DECIDE, OTHERS) for keys in sections(path) for key in keys]
     in_files = set()
     for file in (ROOT / "configs/accelerate").glob("*.yaml"):
         in_files |= configs.flat_keys(file).keys()
     assert sorted(explained) == sorted(in_files)  # both ways, and no key twice
 
 
+def test_lesson_01_has_the_five_keys_that_decide_each_with_a_column_for_the_70b():
+    found = sections(DECIDE)
+    assert found.keys() == FIVE
+    for keys, pieces in found.items():
+        assert any("70B" in text for kind, text in pieces if kind == "code"), keys
+
+
 def test_each_key_comes_as_question_measurement_and_when_to_change_it():
-    for keys, pieces in sections().items():
+    for keys, pieces in (sections(DECIDE) | sections(OTHERS)).items():
         text = "\n".join(piece for kind, piece in pieces if kind == "markdown")
         assert [part for part in PARTS if part in text] == list(PARTS), keys
         assert any(kind == "code" for kind, _ in pieces), f"{keys}: nothing is measured"
 
 
-@pytest.mark.parametrize("notebook", [START, KEYS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [START, DECIDE, OTHERS], ids=lambda path: path.stem)
 def test_exercises_come_as_stub_solution_and_check(notebook):
     cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if "# solution begin" in c.source]
     assert len(cells) >= 3
@@ -112,38 +129,45 @@ torch.cuda.device_count = lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Lesson 01 executed once, with one rank asked for and as if its kernel saw one GPU.
+    """Lessons 01 and 01b executed once, with one rank asked for and as if their kernel saw one GPU.
 
     All printed text, and the measurement of each rank.
     """
     folder = tmp_path_factory.mktemp("lesson01")
-    lesson = nbformat.read(KEYS, as_version=4)
-    lesson.cells.insert(0, nbformat.v4.new_code_cell(ONE_GPU))
-    nbformat.write(lesson, folder / "lesson.ipynb")
     # A folder of no name that a machine could be known by, and below the root, as the runner's are.
     run_dir = ROOT / "runs" / "test_lesson01"
-    done = folder / "done.ipynb"
-    papermill.execute_notebook(
-        folder / "lesson.ipynb",
-        done,
-        {"run_dir": str(run_dir), "num_processes": 1},
-        cwd=str(ROOT),
-        progress_bar=False,
-        kernel_name="python3",
-    )
-    cells = nbformat.read(done, as_version=4).cells
-    text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+    printed = []
+    for path in (DECIDE, OTHERS):
+        lesson = nbformat.read(path, as_version=4)
+        lesson.cells.insert(0, nbformat.v4.new_code_cell(ONE_GPU))
+        nbformat.write(lesson, folder / "lesson.ipynb")
+        done = folder / "done.ipynb"
+        papermill.execute_notebook(
+            folder / "lesson.ipynb",
+            done,
+            {"run_dir": str(run_dir), "num_processes": 1},
+            cwd=str(ROOT),
+            progress_bar=False,
+            kernel_name="python3",
+        )
+        cells = nbformat.read(done, as_version=4).cells
+        printed += [o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs]
     report = json.loads((run_dir / "01_config_keys.json").read_text(encoding="utf-8"))
-    return text, report["ranks"]
+    return "\n".join(printed), report["ranks"]
 
 
 @pytest.mark.notebook
 @pytest.mark.launch
 class TestLesson01:
-    """What the lesson says, held against what its own run measured."""
+    """What the two lessons say, held against what their own run measured."""
 
     def test_its_exercises_are_solved(self, executed):
-        assert executed[0].count("  OK") >= 4
+        assert executed[0].count("  OK") == 6
+
+    def test_a_layer_by_hand_is_gathered_and_freed(self, executed):
+        rows = re.findall(r"rank [01]  (before|gathered: compute|freed) +(\d+) +(\d+)", executed[0])
+        each = [("before", "128", "0"), ("gathered: compute", "128", "256"), ("freed", "128", "0")]
+        assert rows[:6] == each * 2
 
     def test_it_measures_two_ranks_on_any_machine(self, executed):
         assert len(executed[1]) == 2
@@ -176,6 +200,9 @@ class TestLesson01:
                 assert seen["resident_after_wrapping"]["shard"] == computed.kept, name
                 assert seen["resident_after_forward"]["gathered"] == computed.held, name
                 assert sum(seen["moved"].values()) == computed.moved, name
+        for name, computed in wrap_policies(measured, 2, 8).items():
+            seen = v[name]["units"], v[name]["gathers"]["largest"], v[name]["moved"]["reduce_scatter"]
+            assert (len(seen[0]), *seen[1:]) == (computed.units, computed.largest, computed.gradients), name
         own, shared = (v[name]["moved"]["reduce_scatter"] for name in ("FULL_SHARD", "file policy, orig"))
         assert gradient_ratio(measured, 8) == pytest.approx(shared / own, rel=1e-3)
 
@@ -255,7 +282,7 @@ def test_lesson_00_trained_and_held_the_machine_against_the_model():
     cells = nbformat.read(START, as_version=4).cells
     text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
     assert "held against: tiny" in text and "FAIL on" in text
-    assert text.count("  OK") >= 4
+    assert text.count("  OK") == 5
     assert "it was FSDP, version 1, on 2 ranks" in text
     before, after = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", text).groups()
     assert float(after) < float(before) - 0.1
