@@ -129,7 +129,7 @@ ANSWERS: dict[str, Judge] = {
             _cast_adds(EIGHT) / 2: "The model has an embedding and a head, and both are cast.",
         },
     ),
-    "02.4": _true(
+    "02b.1": _true(
         "The loss is not that of the exact weights. A gather may not cast: compare the two dtypes."
     ),
     "03.1": hashed(

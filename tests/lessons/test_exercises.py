@@ -37,7 +37,7 @@ ANSWERED = {
     "01.3": (21.66, 83.64, "rank 16"),
     "01.4": ("SHARD_GRAD_OP", "FULL_SHARD", "Which key"),
     "02.2": (1.958, 3.916, "the cast adds two"),
-    "02.4": (True, False, "may not cast"),
+    "02b.1": (True, False, "may not cast"),
     "03.1": (14, 28, "Look at layer 2"),
     "03.2": (3.086, 12.34, "four ranks share it"),
     "03.3": (True, False, "two dtypes"),

@@ -1,4 +1,4 @@
-"""Lessons 02 and 03: what they show is what the package holds, and they notice when their failures are gone."""
+"""Lessons 02, 02b and 03: what they show is what the package holds, and they notice when their failures are gone."""
 
 import ast
 import copy
@@ -16,8 +16,9 @@ from nbutils.models.tiny import tiny_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LESSON_02 = ROOT / "notebooks" / "02_why_fp32_casting_fails.ipynb"
+LESSON_02B = ROOT / "notebooks" / "02b_silent_corruption.ipynb"
 LESSON_03 = ROOT / "notebooks" / "03_custom_prep.ipynb"
-TAUGHT = re.compile(r"^# taught in notebook (\d\d)\ndef (\w+)", re.MULTILINE)
+TAUGHT = re.compile(r"^# taught in notebook (\d\db?)\ndef (\w+)", re.MULTILINE)
 
 
 def code_cells(notebook: Path) -> list[str]:
@@ -115,10 +116,16 @@ def test_lesson_02_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
         ("weight does not fit", "adapt(standard_prep(load()))", "adapt(prepare_for_fsdp_qlora(load()))"),
         ("Cannot flatten integer", "storage=torch.uint8", "storage=torch.bfloat16"),
         ("but got torch.float32 and", "storage=torch.float32", "storage=torch.bfloat16"),
+    ]
+    run_edited(LESSON_02, edits, tmp_path, monkeypatch)
+
+
+def test_lesson_02b_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
+    edits = [
         ("packed bytes change", "losses[torch.float16, torch.bfloat16] >", "losses[torch.float16, None] >"),
         ("is invalid for input of size", "gather_in=torch.float32", "gather_in=torch.bfloat16"),
     ]
-    run_edited(LESSON_02, edits, tmp_path, monkeypatch)
+    run_edited(LESSON_02B, edits, tmp_path, monkeypatch)
 
 
 def test_lesson_03_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
