@@ -114,6 +114,7 @@ REPAIRS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # PEFT's prep calls it
 @pytest.mark.parametrize(("repair", "reason"), REPAIRS.values(), ids=REPAIRS.keys())
 def test_a_repaired_model_is_looked_at_whole(repair, reason):
     model = prepare_model_for_kbit_training(tiny_in_nf4())
