@@ -41,7 +41,7 @@ def main() -> None:
     copy = torch._foreach_copy_ if state.device.type == "cuda" else copy_as_numbers
     with mock.patch.object(torch, "_foreach_copy_", copy):
         loss = loss_of(model, sentence().to(state.device))
-    print(f"rank {state.process_index}: every byte of its first gather is as it was; loss {loss:.4f}")
+    print(f"every byte of this rank's first gather is as it was; loss {loss:.4f}")
 
 
 if __name__ == "__main__":
