@@ -567,7 +567,7 @@ def variants(device: str) -> dict[str, dict]:
 
 def run_all(folder: Path, device: str, steps: int, save) -> dict:
     """All measurements; every rank must go through them in the same order. `save(results)` runs after each part."""
-    gather_as_bytes()  # as the training script: else FSDP 2 on GPUs computes with altered weights (notebook 02)
+    gather_as_bytes()  # as the training script: else FSDP 2 on GPUs computes with altered weights (notebook 02b)
     files = {1: configs.RECIPE, 2: configs.RECIPE_FSDP2}
     usual = {"fsdp_offload_params": False}  # so that the other keys are seen alone
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""What NF4 costs a real model, and what changed bytes do to it: the silent corruption of notebook 02 on real weights.
+"""What NF4 costs a real model, and what changed bytes do to it: the silent corruption of notebook 02b on real weights.
 
 Run as: python benchmarks/smollm2_quantisation.py    (writes benchmarks/results/smollm2_quantisation.json; minutes)
 

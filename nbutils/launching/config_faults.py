@@ -164,7 +164,7 @@ def _refuse_mixed_precision(file, content: dict) -> None:
     if found not in ("no", False):  # YAML reads a bare no as false
         raise BadConfig(
             f"{file}: mixed_precision is {found}, wanted 'no'. The 4-bit weights are packed into bfloat16; FSDP would "
-            "cast what it gathers, and packed bytes that are cast are other weights (notebook 02)."
+            "cast what it gathers, and packed bytes that are cast are other weights (notebook 02b)."
         )
 
 

@@ -1,8 +1,9 @@
 """What the exercises want: each answer is worked out or kept as a hash, with the reason behind usual wrong ones."""
 
 from nbutils.launching.config_files import FILLED
+from nbutils.lessons.answers_of_prep import OF_THE_PREP
 from nbutils.lessons.config_at_70b import gradient_ratio
-from nbutils.lessons.judging import READ_AGAIN, Judge, equal_to, hashed, shown
+from nbutils.lessons.judging import READ_AGAIN, Judge, equal_to, shown
 from nbutils.planning.memory_items import GIB, quantisation_state_bytes
 from nbutils.planning.memory_plan import Plan, fits, plan
 from nbutils.planning.model_needs import MODELS, gpu_gib
@@ -10,22 +11,13 @@ from nbutils.planning.network_traffic import LINKS, bytes_between_machines
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
 
-SEVENTY, EIGHT, BIG = (SHAPES[name] for name in ("llama31_70b", "llama31_8b", "llama31_405b"))
+SEVENTY, BIG = SHAPES["llama31_70b"], SHAPES["llama31_405b"]
 CHAT = 350  # tokens of a chat in exercise 06.4
 UNCHANGED = 0.02  # nats: a loss that moved less has not moved
 
 
 def _seventy_scales() -> float:
     return SEVENTY.layers * quantisation_state_bytes(SEVENTY.linear_parameters) / GIB
-
-
-def _adapter_gib(rank: int, bytes_a_number: int, ranks: int) -> float:
-    return bytes_a_number * SEVENTY.adapter_parameters(rank) / ranks / GIB
-
-
-def _cast_adds(shape) -> float:
-    """GiB that the standard prep adds: two bytes for each number of embedding, head and norms."""
-    return 2 * (2 * shape.vocab * shape.hidden + (2 * shape.layers + 1) * shape.hidden) / GIB
 
 
 def _plan_with_offload(length: int) -> Plan:
@@ -110,10 +102,6 @@ def _really_asks(name: str) -> str:
     return f"Accelerate makes {name} of it. Which key does FSDP 1 read its strategy from?"
 
 
-def _true(why: str) -> Judge:
-    return lambda yours: "" if yours is True else why
-
-
 ANSWERS: dict[str, Judge] = {
     "00.1": equal_to(
         lambda: 8e9 / 2 / GIB,
@@ -155,36 +143,7 @@ ANSWERS: dict[str, Judge] = {
         },
     ),
     "01b.3": _really_asks,
-    "02.2": equal_to(
-        lambda: _cast_adds(EIGHT),
-        {
-            2 * _cast_adds(EIGHT): "bf16 had two of the four bytes already: the cast adds two.",
-            _cast_adds(EIGHT) / 2: "The model has an embedding and a head, and both are cast.",
-        },
-    ),
-    "02.4": _true(
-        "The loss is not that of the exact weights. A gather may not cast: compare the two dtypes."
-    ),
-    "03.1": hashed(
-        "8527a891e2241369",
-        {
-            28: "Is every input of a recomputed layer one that asks for a gradient? Look at layer 2.",
-            0: "Layer 3 is not recomputed with every second layer: 0 and 2 are.",
-            7: "Each of seven projections has two matrices, A and B.",
-        },
-    ),
-    "03.2": equal_to(
-        lambda: _adapter_gib(64, 16, 4),
-        {
-            _adapter_gib(
-                64, 8, 4
-            ): "That is bf16. An fp32 adapter takes four bytes, and so do gradient and averages.",
-            _adapter_gib(64, 16, 1): "That is the whole adapter; four ranks share it.",
-            _adapter_gib(64, 4, 4): "Gradient and Adam's two averages come on top of the weight.",
-        },
-    ),
-    "03.3": _true("The preflight still finds a unit of two dtypes. Which module did it name?"),
-    "03.4": lambda kept: "" if kept > 100 else "As few tensors are kept as before. Which line saves memory?",
+    **OF_THE_PREP,
     "06.1": equal_to(
         lambda: (BIG.layers * quantisation_state_bytes(BIG.linear_parameters) / GIB, False),
         {

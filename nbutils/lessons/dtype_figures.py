@@ -101,7 +101,8 @@ def draw_adapter_dtypes(record: dict) -> None:
             held = [run["heldout_loss"] for run in runs]
             kilobytes = (runs[0]["adapter_bytes"] + runs[0]["optimizer_bytes"]) / 1e3
             seeds = " ".join(f"{value:.4f}" for value in held)
-            rows.append((rate, dtype, f"{statistics.mean(held):.4f}", seeds, f"{kilobytes:,.0f}"))
+            rows.append([rate, dtype, f"{statistics.mean(held):.4f}", seeds, f"{kilobytes:,.0f}", ""])
+        rows[-1][-1] = f"{float(rows[-2][2]) - float(rows[-1][2]):+.4f}"
     figure, axes = plt.subplots()
     for rate in (row[0] for row in rows[::2]):
         behind = [low - full for low, full in zip(curves[rate, "bfloat16"], curves[rate, "float32"])]
@@ -114,7 +115,17 @@ def draw_adapter_dtypes(record: dict) -> None:
         figure,
         f"The bf16 adapter's recorded loss minus the fp32 adapter's. Held-out loss at the end: {told}.",
     )
-    plots.table(["learning rate", "adapter", "held-out loss", "each seed", "kB of adapter and Adam"], rows)
+    plots.table(
+        [
+            "learning rate",
+            "adapter",
+            "held-out loss",
+            "each seed",
+            "kB of adapter and Adam",
+            "bf16 behind by",
+        ],
+        rows,
+    )
 
 
 def _mean_by_step(runs: list[list[float]]) -> list[float]:

@@ -83,6 +83,8 @@ def shown(value) -> str:
         return f"{value:,}"
     if isinstance(value, tuple | list):
         return "(" + ", ".join(map(shown, value)) + ")"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
     if isinstance(value, set | frozenset):
         return "{" + ", ".join(sorted(map(str, value))) + "}"
     return str(value)

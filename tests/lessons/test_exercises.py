@@ -5,16 +5,20 @@ import re
 
 import nbformat
 import pytest
+import torch
+from peft import prepare_model_for_kbit_training
 
 from nbutils.common.paths import ROOT
 from nbutils.lessons.answers import ANSWERS
 from nbutils.lessons.course_map import number
 from nbutils.lessons.exercises import check
 from nbutils.lessons.judging import READ_AGAIN, digest, hashed, same, shown
+from nbutils.lessons.one_process import tiny_in_nf4
 from nbutils.planning.model_needs import MODELS
 
 ALL = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 NOTEBOOKS = [path for path in ALL if number(path.stem) not in ("04", "05")]
+WRAPPED = [("custom", "float16"), ("standard", "float16"), ("standard", "uint8"), ("standard", "float32")]
 # number of the exercise: (right, wrong, words of the reason)
 ANSWERED = {
     "00.1": (3.725, 7.45, "half"),
@@ -40,12 +44,26 @@ ANSWERED = {
     ),
     "01b.2": (21.66, 83.64, "rank 16"),
     "01b.3": ("SHARD_GRAD_OP", "FULL_SHARD", "Which key"),
+    "02.1": ("float16 and bfloat16", "bfloat16 and float16", "Which comes first"),
     "02.2": (1.958, 3.916, "the cast adds two"),
-    "02.4": (True, False, "may not cast"),
+    "02.3": (
+        {case: case == ("standard", "float32") for case in WRAPPED},
+        {case: case[0] == "custom" for case in WRAPPED},
+        "dtype of the norms",
+    ),
+    "02.4": ("wraps", "Must flatten tensors with uniform dtype but got bfloat16 and float32", "are fp32"),
+    "02b.1": (0.002, 2.5, "may not cast"),
+    "02b.2": (0, 253, "leave alone"),
+    "02b.3": ("tuesday", "monday", "Load the base exactly"),
     "03.1": (14, 28, "Look at layer 2"),
     "03.2": (3.086, 12.34, "four ranks share it"),
     "03.3": (True, False, "two dtypes"),
-    "03.4": (202, 14, "Which line"),
+    "03.4": (3981.0, 653.0, "Which line"),
+    "03.5": (
+        {"like ours": True, "frequencies exact": True},
+        {"like ours": True, "frequencies exact": False},
+        "hides them",
+    ),
     "06.1": ((5.936, False), (0.742, True), "does not shard"),
     "06.2": (9216, 10240, "first that does not fit"),
     "06.3": ("backward of a layer", "wrapping", "does not depend on the rows"),
@@ -57,8 +75,11 @@ ANSWERED = {
 }
 
 
+JUDGED_BY_RUNNING = {"02.5"}  # its answer is a model: below
+
+
 def test_every_exercise_is_among_these():
-    assert ANSWERED.keys() == ANSWERS.keys()
+    assert ANSWERED.keys() | JUDGED_BY_RUNNING == ANSWERS.keys()
 
 
 @pytest.mark.parametrize("number", ANSWERED)
@@ -73,6 +94,36 @@ def test_right_passes_and_wrong_is_told_why_without_the_answer(number, capsys):
         assert shown(right) not in printed
     with pytest.raises(AssertionError, match="not answered yet"):
         check(number, (...,) if isinstance(right, tuple) else ...)
+
+
+def cast_numbers(model):
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def cast_packed(model):
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.half().bfloat16()
+    return cast_numbers(model)
+
+
+REPAIRS = {
+    "the parameters alone": (cast_numbers, ""),
+    "all with its method": (lambda model: model.bfloat16(), "rotary frequencies"),
+    "nothing": (lambda model: model, "is still float32"),
+    "packed bytes too": (cast_packed, "are other bytes now"),
+    "nothing returned": (lambda model: None, "must return the model"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # PEFT's prep calls it
+@pytest.mark.parametrize(("repair", "reason"), REPAIRS.values(), ids=REPAIRS.keys())
+def test_a_repaired_model_is_looked_at_whole(repair, reason):
+    model = prepare_model_for_kbit_training(tiny_in_nf4())
+    said = ANSWERS["02.5"](repair(model))
+    assert reason in said and bool(said) == bool(reason)
 
 
 def test_an_answer_that_nobody_foresaw_is_sent_back():

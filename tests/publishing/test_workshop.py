@@ -67,7 +67,8 @@ def test_each_notebook_has_exercises_that_are_solved(path):
     assert len(declared) >= 3
     for cell in notebook.cells:
         if cell.id in declared:
-            assert re.search(r"= \.\.\.|: \.\.\.", cell.source.partition(editions.BEGIN)[0]), cell.id
+            stub = cell.source.partition(editions.BEGIN)[0]
+            assert re.search(r"= \.\.\.|: \.\.\.|^ +\.\.\.", stub, re.MULTILINE), cell.id
             assert "check(" in cell.source.partition(editions.END)[2], cell.id
             assert "  OK\n" in "".join(output.get("text", "") for output in cell.outputs)
 

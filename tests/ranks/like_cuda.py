@@ -1,23 +1,12 @@
 """The script, rehearsed with a copy that treats NaN as CUDA's does: all that look like NaN in bf16 become the same one.
 
 Run as: accelerate launch ... -m like_cuda SCRIPT ...
-
-torch's `_foreach_copy_` is exact on a CPU. On CUDA it takes bf16 to float and back (pytorch/pytorch#159333).
 """
 
 import torch
 
 from nbutils.launching import rehearsal
-
-exact = torch._foreach_copy_
-
-
-def as_numbers(targets, sources, *more):
-    exact(targets, sources, *more)
-    for target in targets:
-        if target.dtype == torch.bfloat16:
-            target.view(torch.int16)[torch.isnan(target)] = 0x7FFF
-
+from nbutils.lessons.cuda_copy import copy_as_numbers as as_numbers
 
 if __name__ == "__main__":
     torch._foreach_copy_ = as_numbers

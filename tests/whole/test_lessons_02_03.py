@@ -1,7 +1,6 @@
-"""Lessons 02 and 03: what they show is what the package holds, and they notice when their failures are gone."""
+"""Lessons 02, 02b and 03: what they show is what the package holds, and they notice when their failures are gone."""
 
 import ast
-import copy
 import re
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from nbutils.models.tiny import tiny_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LESSON_02 = ROOT / "notebooks" / "02_why_fp32_casting_fails.ipynb"
+LESSON_02B = ROOT / "notebooks" / "02b_silent_corruption.ipynb"
 LESSON_03 = ROOT / "notebooks" / "03_custom_prep.ipynb"
-TAUGHT = re.compile(r"^# taught in notebook (\d\d)\ndef (\w+)", re.MULTILINE)
+TAUGHT = re.compile(r"^# taught in notebook (\d\db?)\ndef (\w+)", re.MULTILINE)
 
 
 def code_cells(notebook: Path) -> list[str]:
@@ -85,12 +85,14 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
             if any(
                 word in source
                 for word in (
-                    "launch(\n",
-                    "%%writefile",
-                    "plots.show",
-                    "benchmarks/results",
-                    "seen.items",
+                    "launch_under(1)",
+                    "launch_under(2)",
+                    'gather_as("',
+                    'launch("nbutils/lessons/adapter',
                     "draw_casts(",
+                    "as_told",
+                    "loss_by_length(",
+                    "counted_step(",
                 )
             ):
                 continue
@@ -98,8 +100,6 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
             for marker, old, new in [edit for edit in left if edit[0] in source]:
                 assert old in source, f"the edit {old!r} does not fit the cell any more"
                 copied = dict(namespace)
-                if "adapt(model)" in source:  # the cell goes on with the model of an earlier one
-                    copied["model"] = copy.deepcopy(namespace["model"])
                 with pytest.raises(LessonObsolete, match="Lesson obsolete"):
                     exec(source.replace(old, new), copied)
                 left.remove((marker, old, new))
@@ -115,16 +115,23 @@ def test_lesson_02_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
         ("weight does not fit", "adapt(standard_prep(load()))", "adapt(prepare_for_fsdp_qlora(load()))"),
         ("Cannot flatten integer", "storage=torch.uint8", "storage=torch.bfloat16"),
         ("but got torch.float32 and", "storage=torch.float32", "storage=torch.bfloat16"),
-        ("packed bytes change", "losses[torch.float16, torch.bfloat16] >", "losses[torch.float16, None] >"),
-        ("is invalid for input of size", "gather_in=torch.float32", "gather_in=torch.bfloat16"),
     ]
     run_edited(LESSON_02, edits, tmp_path, monkeypatch)
+
+
+def test_lesson_02b_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
+    edits = [
+        ("no longer casts packed", "if not losses[fp16, bf16] >", "if not losses[fp16, None] >"),
+        ("is invalid for input of size", "gather_in=torch.float32", "gather_in=torch.bfloat16"),
+    ]
+    run_edited(LESSON_02B, edits, tmp_path, monkeypatch)
 
 
 def test_lesson_03_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
     edits = [
         ("does not require grad", "llama.disable_input_require_grads()", "pass"),
-        ("no longer rounds", ", frozen_only)", ", prepare_for_fsdp_qlora)"),
+        ("no longer rounds", 'seen["exact frequencies"]', 'seen["nothing"]'),
+        ("uniform `requires_grad`", 'cut["the freezing"]', 'cut["nothing"]'),
         ('"mixed dtypes", lines', "standard_prep(load_nf4(base))", "prepare_for_fsdp_qlora(load_nf4(base))"),
     ]
     run_edited(LESSON_03, edits, tmp_path, monkeypatch)
@@ -136,17 +143,13 @@ def test_the_launched_failure_of_lesson_02_is_real_and_is_missed_when_the_prep_i
 ):
     """The script of the lesson fails as it says; with the cast taken out it trains, and the lesson says so."""
     monkeypatch.chdir(ROOT)
-    (cell,) = [source for source in code_cells(LESSON_02) if source.startswith("%%writefile")]
-    script = cell.split("\n", 1)[1]
-    fixed = script.replace(
-        "model = get_peft_model",
-        "model = prepare_for_fsdp_qlora(load_nf4(model_path))\n    model = get_peft_model",
+    script = (ROOT / "nbutils/lessons/one_gpu_script.py").read_text()
+    standard = (
+        'prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})'
     )
-    fixed = fixed.replace(
-        "from nbutils.training.progress_log",
-        "from nbutils.training.prep import prepare_for_fsdp_qlora\nfrom nbutils.training.progress_log",
-    )
-    fixed = fixed.replace("p.to_local()", "p")
+    fixed = script.replace(standard, "prepare_for_fsdp_qlora(model)").replace("p.to_local()", "p")
+    imported = "from nbutils.training.progress_log"
+    fixed = fixed.replace(imported, f"from nbutils.training.prep import prepare_for_fsdp_qlora\n{imported}")
     assert fixed.count("prepare_for_fsdp_qlora") == 2
 
     def lesson(text: str, name: str):
