@@ -11,7 +11,7 @@ class Lesson:
         name: the file without its ending.
         question: what it answers.
         run: minutes of the tiny run on two CPU cores, rounded up.
-        reading: minutes for reading it.
+        reading: minutes for its words and figures, the exercises apart; `tests/lessons/test_course_map.py` counts them.
         exercises: minutes for its exercises.
         needs: what must be there.
     """
@@ -43,19 +43,15 @@ LESSONS = [
         10,
         "Linux, Python 3.11 to 3.13",
     ),
-    Lesson(
-        "01_fsdp_config_choices",
-        "What does each line of the config do?",
-        1,
-        30,
-        15,
-        "nothing more",
-    ),
+    Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 15, 15, "nothing more"),
+    Lesson("01b_every_other_key", "What does each other key do?", 1, 30, 15, "nothing more; a reference"),
     Lesson(
         "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 20, 15, "nothing more"
     ),
+    Lesson("02b_silent_corruption", "What spoils weights without a word?", 1, 20, 15, "nothing more"),
     Lesson("03_custom_prep", "What must the prep do, then?", 1, 25, 15, "nothing more"),
     Lesson("04_write_and_launch", "How do I train?", 2, 15, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
+    Lesson("04b_stop_and_resume", "It stopped. How do I go on?", 2, 15, 15, "nothing more"),
     Lesson(
         "05_save_verify_merge",
         "How do I get my model out?",
@@ -73,4 +69,5 @@ LESSONS = [
         "GPUs for its dry run; recorded otherwise",
     ),
     Lesson("07_when_it_breaks", "I see this message.", 1, 20, 15, "nothing more"),
+    Lesson("07b_more_than_one_machine", "What if one machine is not enough?", 1, 15, 15, "nothing more"),
 ]
