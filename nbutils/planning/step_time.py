@@ -3,6 +3,20 @@
 import json
 from pathlib import Path
 
+from nbutils.planning.shapes import Shape
+
+# Assumed, not measured: what such cards reach on PCIe 4.0 with all lanes, as `pcie_estimate` takes it. Speeds that others
+# published for 70B on them lie above the estimate (notebook 06).
+ASSUMED_CARDS = {
+    "two 3090s": {"host_gbs": 20, "between_gbs": 8, "tflops": 35},
+    "two 4090s": {"host_gbs": 22, "between_gbs": 10, "tflops": 85},
+}
+
+
+def packed_weights(shape: Shape) -> float:
+    """Bytes of a model in NF4: half a byte a weight, and two for those of embedding and head."""
+    return shape.parameters / 2 + 1.5 * shape.embedding_parameters
+
 
 def measured_links(file: str | Path = "runs/links.json") -> dict[str, float]:
     """What `python -m nbutils links` measured here, as `pcie_estimate` takes it: of the slowest rank.
