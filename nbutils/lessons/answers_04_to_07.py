@@ -39,7 +39,7 @@ def _whole_answers(length) -> str:
     if length % STEP_OF_LENGTH:
         return f"It is not a multiple of {STEP_OF_LENGTH}."
     if lost := answers_cut(length):
-        return f"At this length {lost} answer{'s' * (lost > 1)} still lose the end."
+        return f"At this length {lost} of the answers still lose their end."
     if not answers_cut(length - STEP_OF_LENGTH):
         return (
             "No answer is cut, and none would be with shorter rows. Each token more is computed in every row."

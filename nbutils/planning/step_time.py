@@ -5,8 +5,8 @@ from pathlib import Path
 
 from nbutils.planning.shapes import Shape
 
-# Assumed, not measured: what such cards reach on PCIe 4.0 with all lanes, as `pcie_estimate` takes it. Speeds that others
-# published for 70B on them lie above the estimate (notebook 06).
+# Assumed, not measured: what such cards reach on PCIe 4.0 with all lanes, as `pcie_estimate` takes it. The speeds that
+# others published for 70B on them lie above the estimate (notebook 06).
 ASSUMED_CARDS = {
     "two 3090s": {"host_gbs": 20, "between_gbs": 8, "tflops": 35},
     "two 4090s": {"host_gbs": 22, "between_gbs": 10, "tflops": 85},
