@@ -14,7 +14,7 @@ from nbutils.planning.run_setup import Setup
 from nbutils.planning.shapes import Shape
 
 TWO_BY_TWO = Setup(world_size=4)
-STRATEGIES = {"FULL_SHARD": False, "HYBRID_SHARD": True}
+STRATEGIES = {"FULL_SHARD": (False, plots.BLUE, "o"), "HYBRID_SHARD": (True, plots.VERMILION, "s")}
 
 
 def gigabits(link):
@@ -35,7 +35,7 @@ def draw_two_machines(shape: Shape, tokens: int, step_seconds: float) -> None:
     links = np.array([*LINKS.values()])
     between = np.geomspace(links.min(), links.max(), 80)
     rows = []
-    for name, hybrid in STRATEGIES.items():
+    for name, (hybrid, colour, marker) in STRATEGIES.items():
         sent = bytes_between_machines(shape, TWO_BY_TWO, 2, hybrid=hybrid)
         speeds = {}
         for hides, style, label in ((False, "-", "nothing hides"), (True, "--", "all hides")):
@@ -43,10 +43,9 @@ def draw_two_machines(shape: Shape, tokens: int, step_seconds: float) -> None:
                 [tokens_per_second(tokens, 4, step_seconds, sent, link)[hides] for link in places]
                 for places in (between, links)
             )
-            (line,) = axes.plot(
-                gigabits(between), curve, marker="", linestyle=style, label=f"{name}, {label}"
-            )
-            axes.plot(gigabits(links), speeds[hides], linestyle="", color=line.get_color())
+            look = {"color": colour, "linestyle": style}
+            axes.plot(gigabits(between), curve, marker="", label=f"{name}, {label}", **look)
+            axes.plot(gigabits(links), speeds[hides], marker=marker, **(look | {"linestyle": ""}))
         rows += [
             (name, link, f"{low:,.0f}", f"{high:,.0f}", f"{low / one:.2f} to {high / one:.2f}")
             for link, low, high in zip(LINKS, speeds[False], speeds[True])
