@@ -153,3 +153,4 @@ def test_cells_are_short(path):
         whole = "%%writefile" in cell.source or "parameters" in cell.metadata.get("tags", [])
         if cell.cell_type == "code" and not whole:
             assert len(cell.source.splitlines()) <= 25, f"cell {cell.id}"
+            assert "fmt: skip" not in cell.source and "fmt: off" not in cell.source, f"cell {cell.id}"
