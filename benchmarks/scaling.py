@@ -1,4 +1,4 @@
-"""One launch on one GPU, on two or more, and on two machines; beside it what notebook 07 counts.
+"""One launch on one GPU, on two or more, and on two machines; beside it what notebook 07b counts.
 
 Run as: python benchmarks/scaling.py --folder runs/weights --out benchmarks/results/scaling.json --commit SHA
 

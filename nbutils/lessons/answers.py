@@ -1,13 +1,13 @@
 """What the exercises want: each answer is worked out or kept as a hash, with the reason behind usual wrong ones."""
 
 from nbutils.launching.config_files import FILLED
+from nbutils.lessons.answers_04_to_07 import ANSWERS_04_TO_07
 from nbutils.lessons.answers_of_prep import OF_THE_PREP
 from nbutils.lessons.config_at_70b import gradient_ratio
-from nbutils.lessons.judging import READ_AGAIN, Judge, equal_to, shown
+from nbutils.lessons.judging import Judge, equal_to, shown
 from nbutils.planning.memory_items import GIB, quantisation_state_bytes
 from nbutils.planning.memory_plan import Plan, fits, plan
 from nbutils.planning.model_needs import MODELS, gpu_gib
-from nbutils.planning.network_traffic import LINKS, bytes_between_machines
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
 
@@ -170,26 +170,5 @@ ANSWERS: dict[str, Judge] = {
         {"wrapping": "Wrapping does not depend on the rows. Print the moments of the plan for 8,192 tokens."},
     ),
     "06.4": _rows_for_chats,
-    "07.1": equal_to(lambda: 2, {8: "`num_processes` counts the processes of all machines.", 4: READ_AGAIN}),
-    "07.2": equal_to(
-        lambda: 150, {200: "Checkpoint 200 is torn: it does not count.", 0: "One complete one is there."}
-    ),
-    "07.3": equal_to(
-        lambda: bytes_between_machines(SEVENTY, Setup(world_size=4), 2) / LINKS["25 Gbit/s"],
-        {
-            bytes_between_machines(SEVENTY, Setup(world_size=4), 2)
-            / 25e9: "25 Gbit/s are 25/8 gigabytes a second."
-        },
-    ),
-    "07.4": lambda yours: _culprit(yours),
+    **ANSWERS_04_TO_07,
 }
-
-
-def _culprit(yours) -> str:
-    """(rank, name of its error) in the log of exercise 07.4."""
-    rank, error = yours
-    if rank != 1:
-        return "That rank only says that somebody is missing. Whose error is about the data?"
-    if "valueerror" not in str(error).casefold():
-        return "The rank is right. Name its own error, the last line of its traceback."
-    return ""

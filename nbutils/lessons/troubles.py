@@ -4,6 +4,7 @@
 Run as: `python -m nbutils.lessons.troubles > docs/troubleshooting.md`
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nbutils.common.paths import ROOT
 FILE = ROOT / "docs" / "troubles.yaml"
 NOT_REPRODUCED = "not reproduced"
 RECORDED = "recorded on GPUs: "  # and the file in benchmarks/results/
-CELL = "notebook 07: "  # and the tag of the cell
+CELL = re.compile(r"(notebook \d\db?): ([\w-]+)")  # a notebook, and the tag of a cell in it
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def where_shown(trouble: Trouble) -> str:
     """The proof as a reader reads it."""
     if trouble.proof.startswith("tests/"):
         return f"`{trouble.proof}`"
-    if trouble.proof.startswith(CELL):
-        return f"notebook 07, cell `{trouble.proof.removeprefix(CELL)}`"
+    if cell := CELL.fullmatch(trouble.proof):
+        return f"{cell[1]}, cell `{cell[2]}`"
     return trouble.proof
 
 

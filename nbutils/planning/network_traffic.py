@@ -84,3 +84,18 @@ def tokens_per_second(
     """
     sending = sent / link
     return ranks * tokens / (compute_seconds + sending), ranks * tokens / max(compute_seconds, sending)
+
+
+def link_that_pays(sent: int, compute_seconds: float, hides: bool = False, machines: int = 2) -> float:
+    """Bytes a second at which so many machines are together as fast as one, which sends nothing.
+
+    Args:
+        sent: from `bytes_between_machines`.
+        compute_seconds: of a step on one machine.
+        hides: all of the sending hides behind the computing; else none of it.
+        machines: how many.
+
+    Returns:
+        Over a slower link one machine alone is faster.
+    """
+    return sent / (compute_seconds * (machines if hides else machines - 1))

@@ -9,15 +9,14 @@ import torch
 from peft import prepare_model_for_kbit_training
 
 from nbutils.common.paths import ROOT
+from nbutils.launching.config_files import RECIPE, variant
 from nbutils.lessons.answers import ANSWERS
-from nbutils.lessons.course_map import number
 from nbutils.lessons.exercises import check
 from nbutils.lessons.judging import READ_AGAIN, digest, hashed, same, shown
 from nbutils.lessons.one_process import tiny_in_nf4
 from nbutils.planning.model_needs import MODELS
 
 ALL = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-NOTEBOOKS = [path for path in ALL if number(path.stem) not in ("04", "05")]
 WRAPPED = [("custom", "float16"), ("standard", "float16"), ("standard", "uint8"), ("standard", "float32")]
 # number of the exercise: (right, wrong, words of the reason)
 ANSWERED = {
@@ -68,10 +67,22 @@ ANSWERED = {
     "06.2": (9216, 10240, "first that does not fit"),
     "06.3": ("backward of a layer", "wrapping", "does not depend on the rows"),
     "06.4": ((31, 352), (4, 2048), "padding"),
-    "07.1": (2, 8, "all machines"),
-    "07.2": (150, 200, "torn"),
-    "07.3": (18.75, 2.34, "25/8"),
-    "07.4": ((1, "ValueError"), (0, "RuntimeError"), "somebody is missing"),
+    "04.1": (1120, 560, "an A and a B"),
+    "04.2": (True, False, "run.json of this launch"),
+    "04.3": (320, 288, "still lose"),
+    "04b.1": (100, 150, "torn"),
+    "04b.2": ("checkpoint-5", "checkpoint-4", "was it asked"),
+    "04b.3": ("checkpoint-4", "checkpoint-6", "did not reach the file"),
+    "05.1": ("b", "a", "the names"),
+    "05.2": ((True, False), (True, True), "still the same"),
+    "05.3": (0.066, 0.02, "Take a larger one"),
+    "05.4": (15360, 16384, "was to keep 1"),
+    "07.1": ((1, "ValueError"), (0, "RuntimeError"), "somebody is missing"),
+    "07.2": (RECIPE, ROOT / "configs/accelerate/no_such_file.yaml", "There is no config file"),
+    "07.3": (float("nan"), 1.5, "filters it"),
+    "07b.1": ((2, 3), (8, 3), "all machines"),
+    "07b.2": (18.75, 2.34, "25/8"),
+    "07b.3": (0.598, 2.0, "nothing had to be sent"),
 }
 
 
@@ -126,6 +137,38 @@ def test_a_repaired_model_is_looked_at_whole(repair, reason):
     assert reason in said and bool(said) == bool(reason)
 
 
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"fsdp_ofload_params": True}, "Did you mean fsdp_offload_params"),
+        ({"fsdp_reshard_after_forward": True}, "belongs to FSDP 2"),
+        ({"mixed_precision": "bf16"}, "wanted 'no'"),
+        ({"fsdp_offload_params": False}, "no longer offloads"),
+        ({"fsdp_sharding_strategy": "SHARD_GRAD_OP"}, "strategy is another one"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_config_that_is_not_what_was_meant_is_told_why(tmp_path, changes, why):
+    with pytest.raises(AssertionError, match=re.escape(why)):
+        check("07.2", variant(RECIPE, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "number, wrong, why",
+    [
+        ("04.3", 352, "none would be with shorter rows"),
+        ("04.3", 300, "multiple of 32"),
+        ("05.3", 0.2, "Take a smaller one"),
+        ("05.3", 6.6, "as a part of the weights' norm"),
+        ("05.4", 8192, "1,024 tokens more would fit"),
+        ("05.1", "c", "all zero"),
+    ],
+)
+def test_too_much_and_too_little_are_told_apart(number, wrong, why):
+    with pytest.raises(AssertionError, match=re.escape(why)):
+        check(number, wrong)
+
+
 def test_an_answer_that_nobody_foresaw_is_sent_back():
     with pytest.raises(AssertionError, match=re.escape(READ_AGAIN)):
         check("00.1", 123.0)
@@ -146,7 +189,7 @@ def test_a_hash_gives_nothing_away():
     assert same({"a": 1.0}, {"a": 1.001}) and not same("1", 1) and not same(True, 1)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_no_check_carries_its_answer(path):
     """An expected value may be a variable that the cell has worked out, and no expression that could be copied."""
     calls = []
@@ -163,8 +206,9 @@ def test_no_check_carries_its_answer(path):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_cells_are_short(path):
-    """25 lines at most, as the formatter breaks them; a script that is written out whole may be longer."""
+    """25 lines at most; a script that is written out whole, and the parameters, may be longer."""
     for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code" and "%%writefile" not in cell.source:
+        whole = "%%writefile" in cell.source or "parameters" in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and not whole:
             assert len(cell.source.splitlines()) <= 25, f"cell {cell.id}"
             assert "fmt: skip" not in cell.source and "fmt: off" not in cell.source, f"cell {cell.id}"
