@@ -144,6 +144,14 @@ def chats(layers: int, limits: dict) -> dict[str, Case]:
     }
 
 
+# Twelve layers: what each change is worth, and more rows with the inputs of the layers on the host.
+HOST_INPUTS = (*goal("fastest_2x24gb"), TO_HOST)
+CASES["faster_12"] = {
+    "faster_12_b4": Case(12, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CHATS),
+    "faster_12_host_inputs_b4": Case(12, OFFLOADED, 4, 2048, (), HOST_INPUTS, **CHATS),
+    "faster_12_host_inputs_b8": Case(12, OFFLOADED, 8, 2048, (), HOST_INPUTS, **CHATS),
+    "faster_12_host_inputs_b12": Case(12, OFFLOADED, 12, 2048, (), HOST_INPUTS, **CHATS),
+}
 # A user's own rows: chats of 182 tokens on average. Few layers, and all of them.
 CASES |= {"chats_12": chats(12, CHATS), "chats_80": chats(80, CHATS_80)}
 

@@ -1,6 +1,7 @@
 """A step's seconds by what the GPU did: spans that overlap count once, and moving counts where nothing computes."""
 
 import json
+import time
 
 import pytest
 
@@ -40,8 +41,9 @@ def test_the_watched_step_alone_is_written(tmp_path):
     profile = StepProfile(2, tmp_path / "profile.json")
     for done in (1, 2, 3):
         profile.at_optimizer(begins=True)
+        time.sleep(0.002)
         profile.at_optimizer(begins=False)
         profile.at_step_end(done)
         assert (tmp_path / "profile.json").exists() == (done >= 2)
     found = json.loads((tmp_path / "profile.json").read_text())
-    assert 0 < found["optimizer"] < found["step"] == found["idle"]  # a CPU runs no kernels
+    assert 0 < found["optimizer"] <= found["step"] == found["idle"]  # a CPU runs no kernels
