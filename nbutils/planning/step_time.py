@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from nbutils.planning.memory_items import BF16, packed_bytes
+from nbutils.planning.model_needs import Model
+
 
 def measured_links(file: str | Path = "runs/links.json") -> dict[str, float]:
     """What `python -m nbutils links` measured here, as `pcie_estimate` takes it: of the slowest rank.
@@ -80,3 +83,20 @@ def pcie_estimate(
         "tokens_per_second": tokens * ranks / step,
         "hidden_tokens_per_second": tokens * ranks / hidden,
     }
+
+
+def step_estimate(
+    model: Model, tokens: int, ranks: int, host_gbs: float, between_gbs: float, tflops: float
+) -> dict[str, float]:
+    """`pcie_estimate` of a model of `nbutils.planning.model_needs`.
+
+    Args:
+        model: what is trained.
+        tokens: a rank and step.
+        ranks: number of GPUs.
+        host_gbs: GB/s from host memory to a GPU.
+        between_gbs: GB/s between two GPUs.
+        tflops: what a GPU really reaches in bf16, in TFLOP/s.
+    """
+    weights = packed_bytes(model.linear) + BF16 * model.kept
+    return pcie_estimate(weights, model.linear + model.kept, tokens, ranks, host_gbs, between_gbs, tflops)
