@@ -1,13 +1,16 @@
 """What the links that were measured here mean for a run: the doctor's lines about `runs/links.json`."""
 
 import json
+import math
 from pathlib import Path
 
 from nbutils.planning.check import FAIL, WARN, Check
 from nbutils.planning.model_needs import Model
-from nbutils.planning.step_time import step_estimate
+from nbutils.planning.run_setup import Choices, Setup
+from nbutils.planning.step_estimate import Links, estimate
 
 MEASURE = "Type `python -m nbutils links`: it takes under a minute, and finds GPUs that hang."
+WAITS = 0.1  # of a step: more than that is said
 ROWS, LENGTH = 4, 2048  # of a rank and step: configs/goals/fastest_2x24gb.yaml
 
 
@@ -51,24 +54,23 @@ def _between(record: dict) -> Check:
 
 
 def _host(model: Model, record: dict) -> Check:
-    """Whether moving the weights would take longer than computing with them."""
-    slowest = min(record["ranks"], key=lambda rank: rank["host_to_device_gbs"])
-    speed = slowest["host_to_device_gbs"]
-    step = step_estimate(
-        model, ROWS * LENGTH, len(record["ranks"]), speed,
-        min(rank["between_gbs"] for rank in record["ranks"]), min(rank["tflops"] for rank in record["ranks"]),
-    )  # fmt: skip
-    moving, computing = step["transfer"], step["compute"]
-    found = (
-        f"{speed:.1f} GB/s; with offload, a step of {ROWS} x {LENGTH} tokens moves weights for {moving:.1f} s and "
-        f"computes for {computing:.1f} s (estimate)"
+    """Whether a step of the fastest settings would wait for the link."""
+    ranks = record["ranks"]
+    links = Links(
+        *(min(rank[name] for rank in ranks) for name in ("host_to_device_gbs", "between_gbs", "tflops"))
     )
-    if moving <= computing:
+    fastest = Choices(embeddings_on_host=True, compile_layers=True)
+    step = estimate(model.shape, Setup(len(ranks), 2, True), ROWS, LENGTH, links, fastest)
+    found = (
+        f"{links.host_gbs:.1f} GB/s; a step of {ROWS} x {LENGTH} tokens with offload computes for "
+        f"{step.computing:.1f} s and waits for weights for {step.waiting:.1f} s (estimate)"
+    )
+    if step.waiting < WAITS * step.step:
         return Check("host to GPU", found)
-    rows = -(-ROWS * moving // computing)
+    rows = math.ceil(ROWS * step.moving / step.computing)
     fix = (
-        f"The link decides. Look at the slot (x16 or x8, not behind the chipset); or take more rows a step, {rows:.0f} "
-        "with activation_checkpointing_kwargs: {offload: true}; or keep the weights on the GPUs "
+        f"The link decides. Look at the slots (x16 or x8, not behind the chipset); or take more rows a step, about "
+        f"{rows}, with activation_checkpointing_kwargs: {{offload: true}}; or keep the weights on the GPUs "
         "(configs/goals/resident_2x24gb.yaml)."
     )
     return Check("host to GPU", found, WARN, fix)

@@ -1,7 +1,7 @@
 """How long a step takes over given links: bytes that come in, seconds that compute, and what hides behind what.
 
-Constants were fitted to steps of two H200s, and the whole is held to them with links made slow
-(`benchmarks/results/slow_links.json`): `tests/planning/test_step_estimate.py`.
+Four constants were fitted to recorded steps of two H200s. `tests/planning/test_step_estimate.py` holds the whole to
+those steps with links made slow (`benchmarks/results/slow_links.json`), and to every other record.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from nbutils.planning.shapes import Shape
 REACHED, REACHED_COMPILED = 0.66, 0.80
 # What a step costs whatever its rows hold, as so many tokens more a rank: weights are unpacked three times.
 TOKENS_MORE = 700
-# Seconds of a step in which no layer is computed: tokens looked up, loss; and, offloaded, clipping and optimizer on the CPU.
+# Seconds of a step in which no layer is computed: tokens are looked up, the loss; and, offloaded, clipping and the
+# optimizer on the CPU.
 BESIDE, BESIDE_OFFLOADED = 0.05, 0.19
 
 
@@ -31,6 +32,22 @@ class Links:
     host_gbs: float
     between_gbs: float
     tflops: float
+
+
+# A lane of PCIe 4.0 carries 16 GT/s, 128 bits of 130. Of the lanes' rate a copy reached 0.86 on an H200 (54 of 63
+# GB/s), and a gather without peer access 0.46 of that: each byte goes to the host and back (`links_2gpu_no_peer.json`).
+LANE_GBS, COPY_REACHES, GATHER_REACHES = 16 * 128 / 130 / 8, 0.86, 0.46
+
+
+def pcie4_links(lanes: int, tflops: float) -> Links:
+    """What cards without peer access can expect of their slots, if these behave as those of an H200 do.
+
+    Args:
+        lanes: of PCIe 4.0 that each card has: 16, 8 or 4.
+        tflops: dense bf16 with fp32 sums, as the maker states it.
+    """
+    host = COPY_REACHES * LANE_GBS * lanes
+    return Links(host, GATHER_REACHES * host, tflops)
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,9 @@ def estimate(
     computing = computing_seconds(shape, batch, length, links.tflops, choices)
     beside = BESIDE_OFFLOADED if setup.offload else BESIDE
     if choices.embeddings_on_host:
-        beside += BF16 * shape.vocab * shape.hidden / (links.host_gbs * 1e9)  # the head comes when the layers are done
+        beside += (
+            BF16 * shape.vocab * shape.hidden / (links.host_gbs * 1e9)
+        )  # the head comes when the layers are done
     waiting = waiting_seconds(moving, computing, setup, shape.layers)
     return StepEstimate(sum(computing), waiting, beside, sum(moving), batch * length * setup.world_size)
 

@@ -61,6 +61,6 @@ def test_no_peer_access_is_said_and_is_no_fault(tmp_path):
 
 
 def test_a_slow_host_link_is_told_with_what_to_do(tmp_path):
-    wide, narrow = (said(tmp_path, record(host=host, between=host))["host to GPU"] for host in (25.0, 1.5))
+    wide, narrow = (said(tmp_path, record(host=host, between=host))["host to GPU"] for host in (25.0, 1.0))
     assert wide.verdict == OK and "25.0 GB/s" in wide.found
     assert narrow.verdict == WARN and "rows a step" in narrow.fix
