@@ -158,6 +158,12 @@ CASES["faster_12"] = {
     "faster_12_host_inputs_b8": Case(12, OFFLOADED, 8, 2048, (), HOST_INPUTS, **CHATS),
     "faster_12_host_inputs_b12": Case(12, OFFLOADED, 12, 2048, (), HOST_INPUTS, **CHATS),
 }
+# The same with all layers: the goal of 2,800 tokens a second.
+CASES["faster_80"] = {
+    "70b_fast_cap_b4_l2048": Case(80, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CHATS_80),
+    "70b_host_inputs_cap_b8_l2048": Case(80, OFFLOADED, 8, 2048, (), HOST_INPUTS, **CARD, seconds=230),
+    "70b_host_inputs_cap_b12_l2048": Case(80, OFFLOADED, 12, 2048, (), HOST_INPUTS, **CARD, seconds=270),
+}
 # A user's own rows: chats of 182 tokens on average. Few layers, and all of them.
 CASES |= {"chats_12": chats(12, CHATS), "chats_80": chats(80, CHATS_80)}
 

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # What a kernel's name tells, the first that fits. Names are those of CUDA's libraries, bitsandbytes and Triton.
@@ -84,7 +84,7 @@ def kernels(profiler) -> list[tuple[str, float, float]]:
     ]
 
 
-def seconds_by_kind(ran: Iterable[tuple[str, float, float]], seconds: float) -> dict:
+def seconds_by_kind(ran: Sequence[tuple[str, float, float]], seconds: float) -> dict:
     """Seconds of a step by what the GPU did.
 
     Args:
@@ -93,7 +93,8 @@ def seconds_by_kind(ran: Iterable[tuple[str, float, float]], seconds: float) -> 
 
     Returns:
         `step`; `by_kind`, the sums; `computing`, seconds in which at least one kernel computed; `moving_alone`, in
-        which bytes came or went and nothing computed; `idle`, the rest; `longest`, the 25 names with most seconds.
+        which bytes came or went and nothing computed; `idle`, the rest; `longest`, the 25 names with most seconds;
+        `gaps`, the 12 longest stretches in which nothing computed, with the kernels before and after.
     """
     kinds, names, count = defaultdict(float), defaultdict(float), defaultdict(int)
     computing, moving = [], []
@@ -104,6 +105,7 @@ def seconds_by_kind(ran: Iterable[tuple[str, float, float]], seconds: float) -> 
         count[name[:110]] += 1
         (moving if kind in MOVES else computing).append((begin, end))
     busy, either = _covered(computing), _covered(computing + moving)
+    gaps = sorted(_gaps([span for span in ran if kind_of(span[0]) not in MOVES]), reverse=True)
     most = sorted(names, key=names.get, reverse=True)[:25]
     return {
         "step": round(seconds, 4),
@@ -112,12 +114,27 @@ def seconds_by_kind(ran: Iterable[tuple[str, float, float]], seconds: float) -> 
         "idle": round(seconds - either, 4),
         "by_kind": {kind: round(kinds[kind], 4) for kind in sorted(kinds, key=kinds.get, reverse=True)},
         "longest": [{"name": name, "seconds": round(names[name], 4), "times": count[name]} for name in most],
+        "gaps": [{"seconds": round(gap, 4), "after": a[:60], "before": b[:60]} for gap, a, b in gaps[:12]],
+        "gaps_over_1_ms": [
+            sum(gap > 1e-3 for gap, *_ in gaps),
+            round(sum(g for g, *_ in gaps if g > 1e-3), 4),
+        ],
     }
 
 
 def kind_of(name: str) -> str:
     """What a kernel or copy of this name does."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+
+
+def _gaps(ran: Sequence[tuple[str, float, float]]) -> Iterator[tuple[float, str, str]]:
+    """Seconds in which none of them ran, with the name of the one before and of the one after."""
+    last, reached = "", None
+    for name, begin, end in sorted(ran, key=lambda one: one[1]):
+        if reached is not None and begin > reached:
+            yield begin - reached, last, name
+        if reached is None or end > reached:
+            last, reached = name, end
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -20,6 +20,12 @@ def test_overlapping_kernels_count_once_and_hidden_moves_not_at_all():
     assert found["computing"] == 3.0  # 0 to 2.5, 6 to 6.5
     assert found["moving_alone"] == 2.0  # 2.5 to 4.5
     assert found["idle"] == 5.0
+    (gap,) = found["gaps"]
+    assert gap == {
+        "seconds": 3.5,
+        "after": "void kDequantizeBlockwise<bf16>",
+        "before": "triton_poi_fused_add_mul_0",
+    }
     assert found["by_kind"]["gather"] == 3.0 and found["by_kind"]["dequantise"] == 1.0
 
 
