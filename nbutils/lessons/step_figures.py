@@ -13,7 +13,7 @@ from nbutils.lessons import plots
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import Shape, shape_of
 from nbutils.planning.step_estimate import Links, StepEstimate, estimate, pcie4_links
-from nbutils.planning.step_time import measured_links
+from nbutils.planning.step_time import hours, measured_links
 
 RESULTS = ROOT / "benchmarks/results"
 # TFLOP/s in bf16 with fp32 sums, dense, as NVIDIA states them (whitepapers of GA102 and AD102).
@@ -121,6 +121,24 @@ def pcie_rows(shape: Shape) -> list[list[str]]:
                 off = largest_error(setup.fsdp_version)
                 cells.append(f"{speed:.0f} ({speed / (1 + off):.0f} to {speed / (1 - off):.0f})")
             rows.append([f"two {card}s, x{lanes}", f"{links.host_gbs:.0f}", *cells, str(PUBLISHED[card])])
+    return rows
+
+
+def own_rows(shape: Shape, tokens: float) -> list[list[str]]:
+    """The same for this machine: way, tokens a second, and hours; no row where no links of GPUs were measured.
+
+    Args:
+        shape: of the model.
+        tokens: to learn from.
+    """
+    try:
+        links = Links(**measured_links())
+    except (FileNotFoundError, ValueError):
+        return []
+    rows = []
+    for way, (setup, batch, choices) in WAYS.items():
+        speed = estimate(shape, setup, batch, LENGTH, links, choices).tokens_per_second
+        rows.append([way, f"{speed:.0f}", f"{hours(tokens, speed):.1f}"])
     return rows
 
 

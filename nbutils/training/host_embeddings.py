@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# For measuring: with 1, looked-up rows go to the GPU from pinned memory, and the head sets out while layers are computed.
+# For measuring: with 1, looked-up rows go to the GPU from pinned memory, and the head sets out while layers compute.
 AHEAD = os.environ.get("NBUTILS_HEAD_AHEAD") == "1"
 LAYERS_AHEAD = 4  # of the last ones: the head's 2 GiB take as long as these compute, on a slow link
 
