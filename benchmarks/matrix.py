@@ -20,6 +20,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from peer import describe_peer, peer_run
+
 from nbutils.common.paths import go_to_root
 from nbutils.common.progress_file import read_progress
 from nbutils.launching.dry_run import dry_run
@@ -59,6 +61,9 @@ class Case:
     ranks: int | None = None  # None: as the config says
     seconds: float = 150  # that it may take
     chats: bool = False  # rows of all lengths, from `write_chats`; else each has exactly `length` tokens
+    peer: bool = (
+        False  # PEFT's example, from the folder that --peer names; its config file is the script's own
+    )
 
 
 CARD = {"cap": 21.3}  # GiB that a 24 GB card leaves, if CUDA and NCCL take 2.3 there
@@ -118,8 +123,9 @@ CASES = {
         "70b_fsdp2_fast_b2_l2048": Case(80, FSDP2, 2, 2048, (), FAST, seconds=100),
         "70b_big_cards_b2_l2048": Case(80, FSDP2, 2, 2048, (), goal("fastest_big_cards"), seconds=100),
     },
-    # The recipe of 2024 beside the best of each goal; ends with a table of ratios.
+    # PEFT's example and the recipe of 2024 beside the best of each goal; ends with a table of ratios.
     "compare": {
+        "peer_b2_l2048": Case(80, "", 2, 2048, peer=True, seconds=200),  # all NF4 on each GPU first: no cap
         "70b_fsdp1_offload_cap_b2_l2048": Case(80, FSDP1, 2, 2048, **CARD, seconds=118),
         "70b_fast_cap_b4_l2048": Case(80, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CARD),
         "70b_resident_cap_b1_l2048": Case(80, FSDP2, 1, 2048, (), goal("resident_2x24gb"), **CARD),
@@ -144,6 +150,20 @@ def chats(layers: int, limits: dict) -> dict[str, Case]:
     }
 
 
+# Twelve layers: what each change is worth, and more rows with the inputs of the layers on the host.
+HOST_INPUTS = (*goal("fastest_2x24gb"), TO_HOST)
+CASES["faster_12"] = {
+    "faster_12_b4": Case(12, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CHATS),
+    "faster_12_host_inputs_b4": Case(12, OFFLOADED, 4, 2048, (), HOST_INPUTS, **CHATS),
+    "faster_12_host_inputs_b8": Case(12, OFFLOADED, 8, 2048, (), HOST_INPUTS, **CHATS),
+    "faster_12_host_inputs_b12": Case(12, OFFLOADED, 12, 2048, (), HOST_INPUTS, **CHATS),
+}
+# The same with all layers: the goal of 2,800 tokens a second.
+CASES["faster_80"] = {
+    "70b_fast_cap_b4_l2048": Case(80, OFFLOADED, 4, 2048, (), goal("fastest_2x24gb"), **CHATS_80),
+    "70b_host_inputs_cap_b8_l2048": Case(80, OFFLOADED, 8, 2048, (), HOST_INPUTS, **CARD, seconds=230),
+    "70b_host_inputs_cap_b12_l2048": Case(80, OFFLOADED, 12, 2048, (), HOST_INPUTS, **CARD, seconds=270),
+}
 # A user's own rows: chats of 182 tokens on average. Few layers, and all of them.
 CASES |= {"chats_12": chats(12, CHATS), "chats_80": chats(80, CHATS_80)}
 
@@ -207,6 +227,8 @@ def main() -> int:
     parser.add_argument(
         "--tar", type=Path, help="also keep everything in one archive, renewed after each run"
     )
+    parser.add_argument("--peer", type=Path, help="folder of PEFT's examples/sft; left out: without its case")
+    parser.add_argument("--layers", type=int, help="of each case; left out: as the case says")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument(
         "--deadline", type=float, default=1e9, help="seconds from now; no run begins that could not end"
@@ -218,6 +240,8 @@ def main() -> int:
     cases = {}
     for name in options.cases.split(","):
         cases |= CASES.get(name) or {name: next(group[name] for group in CASES.values() if name in group)}
+    if options.layers:
+        cases = {f"{name}_{options.layers}_layers": case for name, case in cases.items()}
 
     failed = 0
     for name, case in cases.items():
@@ -225,14 +249,17 @@ def main() -> int:
         if left < case.seconds:
             print(f"==== {name}: left out, {left:.0f} s left and up to {case.seconds} needed", flush=True)
             continue
-        shape = replace(shape_of(options.model), layers=case.layers)
+        if case.peer and not options.peer:
+            print(f"==== {name}: left out, no --peer", flush=True)
+            continue
+        shape = replace(shape_of(options.model), layers=options.layers or case.layers)
         prepare(shape, options.folder)
         print(f"==== {name}: {time.monotonic() - started:.0f} s since the start", flush=True)
         run_dir = Path("runs/matrix") / name
         rows = (f"dataset={write_chats(Path('runs/matrix/chats.jsonl'))}",) if case.chats else ()
         asked = DryRun(
             shape,
-            case.config,
+            case.config or None,
             batch=case.batch,
             length=case.length,
             steps=options.steps,
@@ -247,10 +274,10 @@ def main() -> int:
             trace=name.startswith("fit"),
             timeout=max(60.0, min(left - 5, 2 * case.seconds)),
         )
-        result = dry_run(asked)
+        result = peer_run(options.peer, asked) if case.peer else dry_run(asked)
         if case.chats and result["outcome"] == "ok":
             result["measured"] |= steady(run_dir, result["measured"]["all_step_seconds"])
-        print(describe(result), flush=True)
+        print(describe_peer(result) if case.peer else describe(result), flush=True)
         if result["outcome"] == "failed":
             failed += 1
             print((run_dir / "train.log").read_text()[-3000:], flush=True)

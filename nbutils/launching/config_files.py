@@ -11,12 +11,11 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-from nbutils.planning.model_needs import MODELS, gpu_gib
+from nbutils.planning.memory_plan import left_gib
+from nbutils.planning.model_needs import MODELS, gpu_gib, has_room
 
 RECIPE = Path("configs/accelerate/config_fsdp.yaml")
 RECIPE_FSDP2 = Path("configs/accelerate/config_fsdp2.yaml")
-# Of a card that a plan may fill: the plan is off by up to 2 %, and PyTorch reserves more than it uses.
-FILLED = 0.95
 
 
 def flat_keys(file: str | Path) -> dict[str, object]:
@@ -135,7 +134,7 @@ def for_machine(gpus: int, vram_gib: float, model: str = "llama31_70b") -> Clust
 
     Args:
         gpus: number of GPUs in this machine; one process each.
-        vram_gib: memory of the smallest of them, as nvidia-smi shows it, in GiB.
+        vram_gib: what the smallest of them shows to programs, in GiB: 23.6 for most cards of 24 GB.
         model: a name in nbutils.planning.model_needs.MODELS.
 
     Returns:
@@ -149,15 +148,16 @@ def for_machine(gpus: int, vram_gib: float, model: str = "llama31_70b") -> Clust
             f"Found {gpus} GPU, wanted at least 2: FSDP shards over several. One GPU needs no FSDP: plain QLoRA with "
             "PEFT's own prep runs there, and the rehearsal configs run this course without any."
         )
-    sizes, usable = MODELS[model], FILLED * vram_gib
-    if gpu_gib(sizes, gpus, offload=True) > usable:
+    sizes = MODELS[model]
+    if not has_room(sizes, gpus, True, vram_gib):
         raise ValueError(
-            f"{model} needs about {gpu_gib(sizes, gpus, offload=True):.1f} GiB a GPU even with offload, found "
-            f"{vram_gib:.1f} GiB, of which {usable:.1f} are counted on. Take a smaller model or GPUs with more memory."
+            f"{model} needs about {gpu_gib(sizes, gpus, offload=True):.1f} GiB a GPU even with offload, and some room; "
+            f"found {vram_gib:.1f} GiB, which leave {left_gib(vram_gib):.1f} to PyTorch. Take a smaller model or GPUs "
+            "with more memory."
         )
     config = load_config_from_file(str(RECIPE))
     config.num_processes = gpus
-    config.fsdp_config["fsdp_offload_params"] = gpu_gib(sizes, gpus, offload=False) > usable
+    config.fsdp_config["fsdp_offload_params"] = not has_room(sizes, gpus, False, vram_gib)
     return config
 
 

@@ -2,7 +2,8 @@
 
 Run as: accelerate launch --config_file CONFIG -m nbutils.launching.measured_run SCRIPT.py ...
 with NBUTILS_MEASURE_DIR=folder and, for a cap, NBUTILS_CAP_GIB=22.5 in the environment; with NBUTILS_LINK_GBS the links
-are made slow (`nbutils.launching.slow_links`).
+are made slow (`nbutils.launching.slow_links`); with NBUTILS_PROFILE_STEP=5 one step is watched
+(`nbutils.launching.step_profile`).
 
 The script knows nothing of this: the phases are seen from outside, by standing around `load_nf4`, `Trainer.train`
 and the Trainer's own callbacks. The cap is `torch.cuda.set_per_process_memory_fraction`. It limits PyTorch's allocator;
@@ -101,13 +102,23 @@ def slow_links():
     return links
 
 
-def watch(phases: Phases, at_end: Callable[[], None], links=None) -> None:
+def step_profile(folder: Path, rank: int):
+    """Watch one step of rank 0 if the environment names one: NBUTILS_PROFILE_STEP=5."""
+    if rank or not (step := os.environ.get("NBUTILS_PROFILE_STEP")):
+        return None
+    from nbutils.launching.step_profile import StepProfile
+
+    return StepProfile(int(step), folder / f"profile_rank{rank}.json")
+
+
+def watch(phases: Phases, at_end: Callable[[], None], links=None, profile=None) -> None:
     """Stand around the loading and the training of a script that has not been imported yet.
 
     Args:
         phases: where to write.
         at_end: called when training ends; what an evaluation needs after that is not the training's.
         links: that are made slow, or None; each step's line tells the bytes that came in over them so far.
+        profile: of one step, or None.
     """
     from transformers import Trainer, TrainerCallback
 
@@ -120,8 +131,18 @@ def watch(phases: Phases, at_end: Callable[[], None], links=None) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             more = {"incoming": links.incoming.bytes, "link_gbs": links.incoming.gbs} if links else {}
             phases.mark("step", step=state.global_step, graphs=compiled_graphs(), **more)
+            if profile:
+                profile.at_step_end(state.global_step)
             if links:
                 links.at_step(state.global_step)
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if profile:
+                profile.at_optimizer(begins=True)
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if profile:
+                profile.at_optimizer(begins=False)
 
         def on_train_end(self, args, state, control, **kwargs):
             phases.mark("trained")
@@ -171,7 +192,7 @@ def main() -> None:
 
     if peak_trace:
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=400_000)
-    watch(phases, write_trace, slow_links())
+    watch(phases, write_trace, slow_links(), step_profile(phases.path.parent, rank))
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     try:

@@ -7,7 +7,7 @@ import yaml
 
 from nbutils.common.nvidia_smi import find_gpus
 from nbutils.planning.memory_items import GIB
-from nbutils.planning.memory_plan import OUTSIDE, plan, what_to_change
+from nbutils.planning.memory_plan import DRIVER, OUTSIDE, left_gib, plan, what_to_change
 from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import shape_of
 
@@ -39,7 +39,7 @@ def advice(arguments: list[str], config: str | Path, num_processes: int | None =
         f"The plan for these settings: {expected.gpu_peak_bytes / GIB:.1f} GiB a rank at its peak, "
         f"{expected.peak_moment}, and {OUTSIDE / GIB:.1f} GiB beside PyTorch."
     )
-    room = min(known, default=0.0) * GIB - OUTSIDE
+    room = left_gib(min(known) - DRIVER) * GIB if known else 0.0
     # Where the plan thought that it would fit, it is asked for something that needs clearly less.
     budget = (
         min(int(room), int(0.9 * expected.gpu_peak_bytes)) if room > 0 else int(0.9 * expected.gpu_peak_bytes)

@@ -1,7 +1,10 @@
 """How long a reader's rows take at recorded speeds, and what they cost."""
 
+from nbutils.lessons.step_figures import FASTEST, STATED, largest_error
+from nbutils.planning.run_setup import Setup
 from nbutils.planning.shapes import Shape
-from nbutils.planning.step_time import ASSUMED_CARDS, hours, packed_weights, pcie_estimate
+from nbutils.planning.step_estimate import estimate, pcie4_links
+from nbutils.planning.step_time import hours
 
 # A run whose rows are more than so many times as long as the reader's was made for other data.
 TOO_LONG = 8
@@ -37,7 +40,9 @@ def hours_rows(runs: dict[str, dict], samples: int, tokens: int, price: float) -
 
 
 def estimated_rows(shape: Shape, batch: int, length: int, samples: int, tokens: int) -> list[list[str]]:
-    """Rows of the same table for cards that were not measured: from nothing hidden to the shorter time hidden.
+    """Rows of the same table for two cards that were not measured, in slots of 16 lanes, with the settings `fastest`.
+
+    Each is given from low to high: the estimate, and by how much it was off at most where it could be compared.
 
     Args:
         shape: of the model, in NF4 with offload.
@@ -46,14 +51,15 @@ def estimated_rows(shape: Shape, batch: int, length: int, samples: int, tokens: 
         samples: how many are trained on, over all epochs.
         tokens: of one sample.
     """
-    rows = []
-    for name, card in ASSUMED_CARDS.items():
-        guess = pcie_estimate(packed_weights(shape), shape.parameters, batch * length, 2, **card)
-        slow, fast = guess["tokens_per_second"], guess["hidden_tokens_per_second"]
+    setup = Setup(world_size=2, fsdp_version=2, offload=True)
+    off, rows = largest_error(setup.fsdp_version), []
+    for card, tflops in STATED.items():
+        speed = estimate(shape, setup, batch, length, pcie4_links(16, tflops), FASTEST).tokens_per_second
+        slow, fast = speed / (1 + off), speed / (1 - off)
         full, alone = (
             f"{hours(samples * each, fast):.1f} to {hours(samples * each, slow):.1f}"
             for each in (tokens, length)
         )
         speeds = f"{slow:,.0f} to {fast:,.0f}"
-        rows.append([f"{name}, ESTIMATE", f"{batch} x {length:,}", speeds, full, alone, "-", "-"])
+        rows.append([f"two {card}s, ESTIMATE", f"{batch} x {length:,}", speeds, full, alone, "-", "-"])
     return rows

@@ -10,7 +10,7 @@ import yaml
 
 from nbutils.lessons import plots
 from nbutils.planning.memory_items import GIB
-from nbutils.planning.memory_plan import CARDS, OUTSIDE, Plan, plan
+from nbutils.planning.memory_plan import CARDS, Plan, left_gib, plan
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
 
@@ -98,7 +98,7 @@ def draw_plans(
     for row, label in enumerate(plans):
         if recorded.get(label):
             axes.plot(recorded[label], row, marker="D", color=plots.BLACK, linestyle="", markersize=6)
-    room = {card: CARDS[card] - OUTSIDE / GIB for card in cards}  # what is left for PyTorch
+    room = {card: left_gib(CARDS[card]) for card in cards}
     for card in cards:
         axes.axvline(room[card], color=plots.VERMILION, linestyle="--", linewidth=1, marker="")
         axes.text(room[card], -0.4, f" {card} GB card", color=plots.VERMILION, fontsize=8)

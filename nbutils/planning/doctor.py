@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from nbutils.common import host_memory
@@ -23,22 +22,14 @@ from nbutils.common.versions import (
     is_outside,
     locked_versions,
 )
+from nbutils.planning.check import FAIL, OK, WARN, Check
+from nbutils.planning.link_checks import check_links
+from nbutils.planning.links import FILE
 from nbutils.planning.memory_items import GIB
-from nbutils.planning.model_needs import MODELS, Model, gpu_gib, host_gib
-
-OK, WARN, FAIL = "OK", "WARN", "FAIL"
+from nbutils.planning.memory_plan import DRIVER, left_gib
+from nbutils.planning.model_needs import MODELS, Model, gpu_gib, has_room, host_gib
 
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
-
-
-@dataclass
-class Check:
-    """One line of the table: what was looked at, what was found, how it is, and what to do if it is not OK."""
-
-    what: str
-    found: str
-    verdict: str = OK
-    fix: str = ""
 
 
 def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
@@ -58,6 +49,7 @@ def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
         check_python(sys.version_info[:2]),
         *check_packages(locked_versions(), installed_versions(), bool(gpus)),
         *check_gpus(sizes, gpus),
+        *check_links(sizes, gpus, FILE),
         check_host_memory(sizes, ranks, host_memory.total() / GIB),
         check_disk(sizes, hub_cache()),
         check_shared_memory(ranks, Path("/dev/shm")),
@@ -159,9 +151,11 @@ def _check_gpu_memory(model: Model, gpus: int, smallest: float | None) -> Check:
     if smallest is None:
         fix = "nvidia-smi does not tell it here. A GPU that shares the host's memory has what the host can spare."
         return Check("GPU memory", found, WARN, fix)
-    if smallest >= plain:
+    card = smallest - DRIVER
+    found += f"; leaves {left_gib(card):.1f} to PyTorch"
+    if has_room(model, gpus, False, card):
         return Check("GPU memory", found)
-    if smallest >= offloaded:
+    if has_room(model, gpus, True, card):
         return Check("GPU memory", found, WARN, "Keep fsdp_offload_params: true.")
     return Check("GPU memory", found, FAIL, "Take a smaller model or larger GPUs.")
 

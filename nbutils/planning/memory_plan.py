@@ -9,8 +9,11 @@ from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import Shape
 
 OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on H200s: 1.3 to 2.3
-# What a card of a nominal size shows to programs, in GiB, as nvidia-smi tells its total.
+# What a card of a nominal size shows to programs, in GiB: `total_memory` of torch.cuda.get_device_properties.
 CARDS = {16: 15.6, 24: 23.6, 40: 39.4, 48: 47.4, 80: 79.1, 141: 139.8}
+DRIVER = 0.4  # GiB that nvidia-smi's total counts besides: 24.0 for a card of 24 GB
+# Of what a card leaves, a plan may fill so much: it is off by up to 2 %, and PyTorch reserves more than it uses.
+FILLED = 0.95
 
 
 @dataclass
@@ -68,6 +71,15 @@ def plan(
         The plan.
     """
     return Plan(*items_of(shape, setup, batch * length, lora_r, choices, spare_host))
+
+
+def left_gib(card_gib: float) -> float:
+    """What a card leaves to PyTorch's allocator: 21.3 GiB of a 24 GB card.
+
+    Args:
+        card_gib: what the card shows to programs, as `CARDS` has it; nvidia-smi's total is `DRIVER` more.
+    """
+    return card_gib - OUTSIDE / GIB
 
 
 def fits(plan: Plan, outside: int = OUTSIDE) -> dict[int, float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nbutils.planning.memory_items import BF16, GIB, LIBRARIES_CPU, packed_bytes, quantisation_state_bytes
-from nbutils.planning.memory_plan import OUTSIDE, plan
+from nbutils.planning.memory_plan import FILLED, OUTSIDE, left_gib, plan
 from nbutils.planning.run_setup import Setup
 from nbutils.planning.shapes import SHAPES, Shape
 
@@ -104,6 +104,18 @@ def gpu_gib(model: Model, gpus: int, offload: bool) -> float:
     """
     setup = Setup(world_size=gpus, fsdp_version=1, offload=offload)
     return (plan(model.shape, setup, batch=1, length=1024).gpu_peak_bytes + OUTSIDE) / GIB
+
+
+def has_room(model: Model, gpus: int, offload: bool, card_gib: float) -> bool:
+    """Whether `gpu_gib` fits with room: into `FILLED` of what a card leaves to PyTorch.
+
+    Args:
+        model: one of MODELS.
+        gpus: number of ranks.
+        offload: the shards live in host memory between uses.
+        card_gib: what the card shows to programs, 23.6 for one of 24 GB.
+    """
+    return gpu_gib(model, gpus, offload) - OUTSIDE / GIB <= FILLED * left_gib(card_gib)
 
 
 def host_gib(model: Model, ranks: int) -> tuple[float, float]:

@@ -1,25 +1,11 @@
-"""How long a step and a run take, by arithmetic, with links that were measured or assumed."""
+"""Seconds and hours: what a machine's links were measured to carry, and how long so many tokens take."""
 
 import json
 from pathlib import Path
 
-from nbutils.planning.shapes import Shape
-
-# Assumed, not measured: what such cards reach on PCIe 4.0 with all lanes, as `pcie_estimate` takes it. The speeds that
-# others published for 70B on them lie above the estimate (notebook 06).
-ASSUMED_CARDS = {
-    "two 3090s": {"host_gbs": 20, "between_gbs": 8, "tflops": 35},
-    "two 4090s": {"host_gbs": 22, "between_gbs": 10, "tflops": 85},
-}
-
-
-def packed_weights(shape: Shape) -> float:
-    """Bytes of a model in NF4: half a byte a weight, and two for those of embedding and head."""
-    return shape.parameters / 2 + 1.5 * shape.embedding_parameters
-
 
 def measured_links(file: str | Path = "runs/links.json") -> dict[str, float]:
-    """What `python -m nbutils links` measured here, as `pcie_estimate` takes it: of the slowest rank.
+    """What `python -m nbutils links` measured here, of the slowest rank: what `step_estimate.Links` takes.
 
     Args:
         file: the record.
@@ -50,47 +36,3 @@ def measured_links(file: str | Path = "runs/links.json") -> dict[str, float]:
 def hours(tokens: float, tokens_per_second: float) -> float:
     """Hours for so many tokens at a speed over all GPUs."""
     return tokens / tokens_per_second / 3600
-
-
-def pcie_estimate(
-    weights: float,
-    parameters: float,
-    tokens: int,
-    ranks: int,
-    host_gbs: float,
-    between_gbs: float,
-    tflops: float,
-) -> dict[str, float]:
-    """An estimate, not a measurement: seconds of a step of FSDP with offload on cards joined by PCIe.
-
-    Each rank copies its shard from host memory and receives the others', both once for the forward and once for the
-    backward pass. Frozen weights cost 6 FLOP a parameter and token when the forward pass is computed twice (forward,
-    again, gradients of the inputs). Transfers and computing come one after the other (`step`), or the shorter hides
-    behind the longer (`hidden_step`): a real run lies between.
-
-    Args:
-        weights: bytes of the whole packed model, embedding and head included.
-        parameters: weights of the model.
-        tokens: a rank and step.
-        ranks: number of GPUs.
-        host_gbs: GB/s from host memory to a GPU.
-        between_gbs: GB/s between two GPUs.
-        tflops: what a GPU really reaches in bf16, in TFLOP/s.
-
-    Returns:
-        `transfer`, `compute`, `step`, `hidden_step` in seconds and `tokens_per_second` over all ranks for each of the
-        two: `tokens_per_second`, `hidden_tokens_per_second`.
-    """
-    copied = 2 * weights / ranks
-    received = 2 * weights * (ranks - 1) / ranks
-    transfer = copied / (host_gbs * 1e9) + received / (between_gbs * 1e9)
-    compute = 6 * parameters * tokens / (tflops * 1e12)
-    step, hidden = transfer + compute, max(transfer, compute)
-    return {
-        "transfer": transfer,
-        "compute": compute,
-        "step": step,
-        "hidden_step": hidden,
-        "tokens_per_second": tokens * ranks / step,
-        "hidden_tokens_per_second": tokens * ranks / hidden,
-    }

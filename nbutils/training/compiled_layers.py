@@ -8,6 +8,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nbutils.patches.linear4bit_forward import make_linear4bit_traceable
+from nbutils.training.stacked_adapters import (
+    can_share,
+    one_plain_adapter,
+    stack_adapters,
+    stacked,
+    with_update,
+)
+
+# For measuring: 0 leaves each adapter to PEFT, as it was.
+STACKED = os.environ.get("NBUTILS_STACKED_ADAPTERS", "1") == "1"
 
 
 def compile_layers(model: PreTrainedModel) -> int:
@@ -18,7 +28,8 @@ def compile_layers(model: PreTrainedModel) -> int:
     less often, so losses differ in the last digits.
 
     Args:
-        model: with or without an adapter, before FSDP wraps it; changed in place.
+        model: with its adapter, before FSDP wraps it; changed in place. Without one, or with one that comes later, the
+            A's of q, k and v are not stacked.
 
     Returns:
         The number of layers.
@@ -31,6 +42,8 @@ def compile_layers(model: PreTrainedModel) -> int:
     gated = torch.compile(_gated)  # one function for all layers
     layers = model.get_decoder().layers
     for layer in layers:
+        if STACKED and hasattr(layer.self_attn.q_proj, "lora_A"):
+            stack_adapters(layer.self_attn)
         for part in (layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm):
             part.compile()
         layer.mlp.forward = MethodType(lambda mlp, x: adapter_first(mlp.down_proj, gated(mlp, x)), layer.mlp)
@@ -52,7 +65,10 @@ def refuse_fsdp1() -> None:
 
 def _gated(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The MLP up to its last projection: `(..., hidden)` to `(..., intermediate)`."""
-    return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    if not (STACKED and can_share((mlp.gate_proj, mlp.up_proj), x)):
+        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    gate, up = stacked((mlp.gate_proj, mlp.up_proj), x)
+    return mlp.act_fn(with_update(mlp.gate_proj, x, gate)) * with_update(mlp.up_proj, x, up)
 
 
 def adapter_first(projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -71,19 +87,9 @@ def adapter_first(projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Returns:
         `(..., out_features)`.
     """
-    if not _one_plain_adapter(projection, x.dtype):
+    if not one_plain_adapter(projection, x.dtype):
         return projection(x)
     (name,) = projection.active_adapters
     inner = projection.lora_A[name](projection.lora_dropout[name](x))
     update = projection.lora_B[name](inner) * projection.scaling[name]
     return projection.base_layer(x) + update
-
-
-def _one_plain_adapter(projection: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether the order can be changed without changing a bit: not with two sums, and not with a cast in between."""
-    if not hasattr(projection, "lora_A") or projection.disable_adapters or projection.merged:
-        return False
-    names = projection.active_adapters
-    if len(names) != 1 or names[0] not in projection.lora_A or projection.lora_variant:
-        return False
-    return projection.lora_A[names[0]].weight.dtype == dtype

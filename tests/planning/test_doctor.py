@@ -10,10 +10,12 @@ import pytest
 
 from nbutils.common import nvidia_smi, provenance, versions
 from nbutils.common.paths import ROOT
+from nbutils.launching.config_files import for_machine
 from nbutils.models.loading import IN_MEMORY_BYTES
 from nbutils.planning import doctor
 from nbutils.planning.doctor import FAIL, OK, WARN
 from nbutils.planning.memory_items import GIB
+from nbutils.planning.memory_plan import CARDS
 from nbutils.planning.model_needs import IN_MEMORY_GB, MODELS, host_gib
 
 BIG, TINY = MODELS["llama31_70b"], MODELS["tiny"]
@@ -68,6 +70,13 @@ def test_two_cards_of_24_gib_run_70b_with_offload_only():
     assert verdicts(BIG, [RTX3090] * 2)["GPU memory"] == WARN
     assert verdicts(BIG, [RTX3090 | {"gib": 48.0}] * 2)["GPU memory"] == OK
     assert verdicts(BIG, [RTX3090 | {"gib": 8.0}] * 2)["GPU memory"] == FAIL
+
+
+def test_the_doctor_and_the_config_it_leads_to_agree_about_room():
+    """Three cards of 24 GB: the plan fits to the last GiB, and PyTorch reserves more than it uses."""
+    (memory,) = (c for c in doctor.check_gpus(BIG, [RTX3090] * 3) if c.what == "GPU memory")
+    assert memory.verdict == WARN and "leaves 21.3 to PyTorch" in memory.found
+    assert for_machine(3, CARDS[24]).fsdp_config["fsdp_offload_params"]
 
 
 def test_with_one_gpu_the_tiny_model_is_rehearsed():

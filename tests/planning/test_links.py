@@ -9,7 +9,8 @@ import pytest
 
 from nbutils.planning import links
 from nbutils.planning.links import LinksFailed, look, main, measure
-from nbutils.planning.step_time import measured_links, pcie_estimate
+from nbutils.planning.step_estimate import Links, moving_seconds
+from nbutils.planning.step_time import measured_links
 
 # A rank of a machine with two GPUs whose peer access is broken: its gather hangs, or brings wrong bytes.
 BROKEN = """
@@ -92,6 +93,6 @@ def test_the_estimate_takes_what_was_measured(tmp_path, monkeypatch):
     (tmp_path / "links.json").write_text(json.dumps(look(2, **broken("hangs"))))
     found = measured_links(tmp_path / "links.json")
     assert found == {"host_gbs": 12.0, "between_gbs": 6.0, "tflops": 69.0}  # of the slower rank
-    assert pcie_estimate(35e9, 70e9, 2048, 2, **found)["transfer"] == pytest.approx(35e9 / 12e9 + 35e9 / 6e9)
+    assert moving_seconds(35e9, 35e9, Links(**found)) == pytest.approx(35 / 12 + 35 / 6)
     with pytest.raises(FileNotFoundError, match="type `python -m nbutils links` first"):
         measured_links(tmp_path / "none.json")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nbutils.lessons.step_figures import STATED
 from nbutils.planning.network_traffic import (
     LINKS,
     bytes_between_machines,
@@ -11,7 +12,7 @@ from nbutils.planning.network_traffic import (
 )
 from nbutils.planning.run_setup import Setup
 from nbutils.planning.shapes import SHAPES
-from nbutils.planning.step_time import ASSUMED_CARDS, packed_weights, pcie_estimate
+from nbutils.planning.step_estimate import estimate, pcie4_links
 
 SEVENTY = SHAPES["llama31_70b"]
 
@@ -32,11 +33,8 @@ def test_over_the_link_that_pays_the_machines_are_as_fast_as_one(machines):
 def test_two_3090s_gain_from_a_second_machine_over_10_gigabits_and_h200s_do_not():
     """What lesson 07b says, by the record of the one and the estimate of the other."""
     sent = bytes_between_machines(SEVENTY, Setup(world_size=4), 2)
-    weights = packed_weights(SEVENTY)
-    assert weights == pytest.approx(
-        SEVENTY.parameters / 2 + 1.5 * 2 * SEVENTY.vocab * SEVENTY.hidden
-    )  # as 06 counts
-    slow = pcie_estimate(weights, SEVENTY.parameters, 4096, 2, **ASSUMED_CARDS["two 3090s"])["step"]
+    recipe = Setup(world_size=2, fsdp_version=1, offload=True)
+    slow = estimate(SEVENTY, recipe, 2, 2048, pcie4_links(16, STATED["3090"])).step
     assert link_that_pays(sent, slow) < LINKS["10 Gbit/s"] < link_that_pays(sent, 4.51, hides=True)
 
 

@@ -46,14 +46,14 @@ def write_base(folder: Path) -> None:
 def build(folder: Path, compiled: bool) -> nn.Module:
     """The model as the script makes it, sharded by layers as Accelerate does it."""
     model = prepare_for_fsdp_qlora(load_nf4(str(folder)))
-    if compiled:
-        compile_layers(model)
     torch.manual_seed(1)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zeros: no gradient would reach an A
             nn.init.normal_(parameter, std=0.02)
+    if compiled:
+        compile_layers(model)
     mesh = init_device_mesh("cpu", (1,))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
