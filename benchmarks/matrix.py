@@ -9,7 +9,6 @@ import json
 import math
 import random
 import shutil
-import statistics
 import sys
 import tarfile
 import time
@@ -21,10 +20,10 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nbutils.common.paths import go_to_root
-from nbutils.common.progress_file import read_progress
 from nbutils.launching.dry_run import dry_run
 from nbutils.launching.dry_run_record import describe
 from nbutils.launching.dry_run_settings import DryRun
+from nbutils.launching.measurements import steady
 from nbutils.launching.random_weights import prepare
 from nbutils.planning.shapes import shape_of
 
@@ -169,32 +168,6 @@ def write_chats(path: Path, count: int = 3000, mean: float = 182, sigma: float =
             text = " ".join("abcdefgh"[(number + place) % 8] for place in range(letters))
             out.write(json.dumps({"text": text}) + "\n")
     return path
-
-
-def steady(run_dir: Path, seconds: list[float]) -> dict:
-    """Real tokens a second of the second half of a run, the median of its steps; padding does not count.
-
-    A median, because a batch of a new length is compiled for: seconds that a night of training does not notice, and
-    that would rule a mean of six steps.
-
-    Args:
-        run_dir: of a dry run that logs each step.
-        seconds: `all_step_seconds` of its record: from the end of each step to the end of the next.
-
-    Returns:
-        `tokens_per_second` over all ranks, `step_seconds` (both medians), and `tokens_a_step` of each of these steps.
-    """
-    lines = [line for line in read_progress(run_dir / "train") if "num_tokens" in line]
-    total = {line["step"]: line["num_tokens"] for line in lines}
-    after = len(seconds) // 2 + 1  # the last step of the first half
-    tokens = [total[step] - total[step - 1] for step in range(after + 1, len(seconds) + 2)]
-    taken = seconds[after - 1 :]
-    rates = [count / second for count, second in zip(tokens, taken, strict=True)]
-    return {
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "step_seconds": round(statistics.median(taken), 4),
-        "tokens_a_step": tokens,
-    }
 
 
 def main() -> int:
