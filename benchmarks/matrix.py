@@ -15,15 +15,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nbutils.common.paths import go_to_root
+from nbutils.common.paths import ROOT, go_to_root
 from nbutils.launching.dry_run import dry_run
+from nbutils.launching.dry_run_params import of_goal
 from nbutils.launching.dry_run_record import describe
 from nbutils.launching.dry_run_settings import DryRun
-from nbutils.launching.measurements import steady
 from nbutils.launching.random_weights import prepare
 from nbutils.planning.shapes import shape_of
 
@@ -39,8 +37,7 @@ KEEP_ALL = "activation_checkpointing=false"
 
 def goal(name: str) -> tuple[str, ...]:
     """The settings of a file in configs/goals, as `dry_run` takes them."""
-    path = Path(__file__).resolve().parents[1] / "configs" / "goals" / f"{name}.yaml"
-    return tuple(f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(path.read_text()).items())
+    return tuple(of_goal(ROOT / "configs" / "goals" / f"{name}.yaml"))
 
 
 @dataclass(frozen=True)
@@ -199,10 +196,9 @@ def main() -> int:
             print(f"==== {name}: left out, {left:.0f} s left and up to {case.seconds} needed", flush=True)
             continue
         shape = replace(shape_of(options.model), layers=case.layers)
-        prepare(shape, options.folder)
+        weights = prepare(shape, options.folder)
         print(f"==== {name}: {time.monotonic() - started:.0f} s since the start", flush=True)
         run_dir = Path("runs/matrix") / name
-        rows = (f"dataset={write_chats(Path('runs/matrix/chats.jsonl'))}",) if case.chats else ()
         asked = DryRun(
             shape,
             case.config,
@@ -212,7 +208,9 @@ def main() -> int:
             lora_r=case.lora_r,
             cap_gib=case.cap,
             world_size=case.ranks,
-            extra=(*case.settings, *rows),
+            extra=case.settings,
+            data=write_chats(Path("runs/matrix/chats.jsonl")) if case.chats else None,
+            tokenizer=weights,
             folder=options.folder,
             run_dir=run_dir,
             commit=options.commit,
@@ -221,8 +219,6 @@ def main() -> int:
             timeout=max(60.0, min(left - 5, 2 * case.seconds)),
         )
         result = dry_run(asked)
-        if case.chats and result["outcome"] == "ok":
-            result["measured"] |= steady(run_dir, result["measured"]["all_step_seconds"])
         print(describe(result), flush=True)
         if result["outcome"] == "failed":
             failed += 1
