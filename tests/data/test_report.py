@@ -151,7 +151,12 @@ def test_a_file_of_which_nothing_is_left_ends_with_status_1(tmp_path, capsys):
 
 
 def test_the_speed_of_a_record(tmp_path):
-    assert recorded_speed(Path("benchmarks/results/70b_fast_cap_b4_l2048.json")) > 1000
+    speed, taken = recorded_speed(Path("benchmarks/results/70b_fast_cap_b4_l2048.json"))
+    assert speed > 1000 and taken is None
+    (tmp_path / "own.json").write_text(
+        json.dumps({"measured": {"tokens_per_second": 5}, "config": {"rows": {"taken": "packed"}}})
+    )
+    assert recorded_speed(tmp_path / "own.json") == (5, "packed")
     (tmp_path / "x.json").write_text('{"measured": {"tokens_per_second": null}}')
     with pytest.raises(ValueError, match=r"x\.json holds no tokens_per_second under measured"):
         recorded_speed(tmp_path / "x.json")
