@@ -1,4 +1,4 @@
-"""The rows that a run will train on, counted before it is launched: read, split, marked, cut and packed as in training."""
+"""The rows that a run will train on, counted before it is launched: read, split, cut and packed as in training."""
 
 from dataclasses import dataclass
 

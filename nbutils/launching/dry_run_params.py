@@ -9,7 +9,7 @@ from nbutils.common.devices import no_accelerator
 from nbutils.common.paths import ROOT, from_here
 from nbutils.common.refused import Refused
 
-# A parameter of notebook 04, and the option of `dryrun` that is the same. Steps, hours and checkpoints are the night's own.
+# A parameter of notebook 04, and the option of `dryrun` that is the same. Steps and hours are the night's own.
 OPTIONS = {
     "model": "model",
     "accelerate_config": "config",
@@ -19,7 +19,12 @@ OPTIONS = {
     "max_length": "max_length",
     "lora_r": "lora_r",
 }
-SETTINGS = ("packing", "ignore_columns", "max_cut_share", "heldout_dataset")  # of the script, if they say something
+SETTINGS = (
+    "packing",
+    "ignore_columns",
+    "max_cut_share",
+    "heldout_dataset",
+)  # of the script, if they say something
 
 
 def of_params(file: Path) -> tuple[dict, list[str]]:

@@ -90,8 +90,8 @@ def _own_rows(result: dict) -> list[str]:
     speed = result["measured"]["tokens_per_second"]
     pieces = "packs" if own["taken"] == "packed" else "rows"
     return [
-        f"{own['file']}, {own['taken']}: {own['rows']:,} {pieces} of {own['tokens']:,} tokens to train on, the longest of "
-        f"{own['longest']:,}",
-        f"an epoch: {epoch['steps']:,} steps of about {epoch['tokens_a_step']:,.0f} tokens, {epoch['hours']:.2f} hours at "
-        f"{speed:,.0f} tokens of text a second, evaluations and checkpoints apart",
+        f"{own['file']}, {own['taken']}: {own['rows']:,} {pieces} of {own['tokens']:,} tokens to train on, "
+        f"the longest of {own['longest']:,}",
+        f"an epoch: {epoch['steps']:,} steps of about {epoch['tokens_a_step']:,.0f} tokens, {epoch['hours']:.2f} hours "
+        f"at {speed:,.0f} tokens of text a second, evaluations and checkpoints apart",
     ]

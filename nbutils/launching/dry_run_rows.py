@@ -95,7 +95,7 @@ def tokenizer_folder(named: str | Path | None, model: str) -> Path:
         return Path(model_path(source))
     if source in SHAPES:
         raise Refused(
-            f"{source} is a shape without a tokenizer, and rows of a file want one. Name the model that you will train: "
+            f"{source} is a shape without a tokenizer, and rows of a file want one. Name the model that you train: "
             "--tokenizer meta-llama/Llama-3.1-70B, or a folder that holds its tokenizer.json."
         )
     return local_folder(source, weights=False)

@@ -50,7 +50,7 @@ def plan_of(run: dict) -> Plan:
 
 
 def choices_of(run: dict) -> Choices:
-    """What the settings of a recorded run decided about memory; a dry run evaluates one row, and keeps no checkpoint."""
+    """What the settings of a recorded run decided about memory; a dry run evaluates one row and keeps no checkpoint."""
     pairs = (setting.split("=", 1) for setting in run["config"].get("settings", []))
     of_dry_runs = {"per_device_eval_batch_size": 1, "save_strategy": "no"}
     passes = {"gradient_accumulation_steps": run["config"].get("gradient_accumulation_steps", 1)}

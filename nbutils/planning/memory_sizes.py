@@ -77,7 +77,8 @@ class Sizes:
             on_host=choices.embeddings_on_host,
             accumulating=choices.accumulation > 1 and setup.fsdp_version > 0,
             evaluated=evaluating_bytes(shape, evaluated, largest),
-            evaluation_loss=evaluated * shape.hidden * (FP32 + 2 * BF16) + logits_tile_bytes(shape, evaluated),
+            evaluation_loss=evaluated * shape.hidden * (FP32 + 2 * BF16)
+            + logits_tile_bytes(shape, evaluated),
             # The adapter and AdamW's two moments.
             checkpoint=3 * BF16 * shape.adapter_parameters(lora_r) // setup.world_size
             if choices.keeps_checkpoints

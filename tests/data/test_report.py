@@ -104,7 +104,10 @@ def test_in_words_says_the_same(told, tokenizer):
     words = in_words(told, tokenizer, Batch(4, 2, 2), Speed(1000))
     assert re.search(rf"tokens learned +{told.tokens_learned:,} \(", words)
     assert re.search(r"answers cut by max_length 1024 +2 \(0\.\d%\)", words)
-    assert f"{told.packed.tokens / 3.6e6:.2f} packed, {told.padded.tokens / 3.6e6:.2f} as they come, at least" in words
+    assert (
+        f"{told.packed.tokens / 3.6e6:.2f} packed, {told.padded.tokens / 3.6e6:.2f} as they come, at least"
+        in words
+    )
     grouped = in_words(told, tokenizer, Batch(4, 2, 2), Speed(500, "grouped by length"))
     assert f"at 500 tokens/s: {told.tokens / 1.8e6:.2f} grouped by length\n" in grouped
     assert "2  content of the assistant turn is empty" in words and "chats.json, row 2004: content" in words

@@ -1,6 +1,8 @@
-"""A dry run on somebody's own rows: a real launch with the settings of a 70B file, and each figure it prints counted again."""
+"""A dry run on somebody's own rows: a real launch with a 70B file's settings; what it prints is counted again."""
 
+import itertools
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -34,7 +36,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def dried(tmp_path_factory):
-    """Typed as a reader types it; layers are not compiled, which would take a minute. Folder, record, and what it says."""
+    """As a reader types it; layers are not compiled, which takes a minute. Folder, record, and what it says."""
     folder = tmp_path_factory.mktemp("dry")
     rows = write(folder / "chats.jsonl", chats.share_gpt(300))
     words = ["--params", str(PARAMS), "--model", "tiny", "--data", str(rows), "--max-length", str(LENGTH)]
@@ -84,10 +86,13 @@ def test_every_number_that_it_prints(dried):
         for path in sorted((folder / "run/ranks").glob("rank*.jsonl"))
     ]
     ends = [line["time"] for line in ranks[0] if line["phase"] == "step"]
-    seconds = [round(after - before, 3) for before, after in zip(ends, ends[1:])]
+    seconds = [round(after - before, 3) for before, after in itertools.pairwise(ends)]
     tokens = record["measured"]["tokens_a_step"]
     speed = statistics.median(count / taken for count, taken in zip(tokens, seconds[1:]))
-    assert f"steps {seconds}; {statistics.median(seconds[1:]):g} s a step, {speed:.1f} tokens/s over all ranks" in said
+    assert (
+        f"steps {seconds}; {statistics.median(seconds[1:]):g} s a step, {speed:.1f} tokens/s over all ranks"
+        in said
+    )
     own = record["config"]["rows"]
     tokenizer, roles = load_tokenizer(str(tiny_base())), {"human": "user", "gpt": "assistant"}
     counts = [
@@ -98,13 +103,17 @@ def test_every_number_that_it_prints(dried):
         for chat in chats.share_gpt(300)
     ]  # fmt: skip
     # 15 of 300 are held out: which ones, tests/whole/test_night_by_hand.py works out.
-    assert sum(sorted(min(n, LENGTH) for n in counts)[:285]) <= own["tokens"] <= sum(min(n, LENGTH) for n in counts)
+    assert (
+        sum(sorted(min(n, LENGTH) for n in counts)[:285])
+        <= own["tokens"]
+        <= sum(min(n, LENGTH) for n in counts)
+    )
     assert own["longest"] <= LENGTH and own["rows"] >= own["tokens"] / LENGTH
     assert (
         f"chats.jsonl, packed: {own['rows']} packs of {own['tokens']:,} tokens to train on, the longest of "
         f"{own['longest']}\n" in said
     )
-    steps = -(-(-(-own["rows"] // 4)) // 2)
+    steps = math.ceil(math.ceil(own["rows"] / 4) / 2)
     assert f"an epoch: {steps} steps of about {own['tokens'] / steps:,.0f} tokens, " in said
     assert f" {own['tokens'] / speed / 3600:.2f} hours at {speed:,.0f} tokens of text a second" in said
     between = {
@@ -155,7 +164,11 @@ def test_rows_are_planned_at_the_length_they_have():
 def test_rows_that_cannot_be_trained_on_are_refused_before_weights_are_made(tmp_path):
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": ""}] * 3)
     asked = DryRun(
-        SHAPES["tiny"], data=rows, tokenizer=tiny_base(), run_dir=tmp_path / "run", folder=tmp_path / "weights"
+        SHAPES["tiny"],
+        data=rows,
+        tokenizer=tiny_base(),
+        run_dir=tmp_path / "run",
+        folder=tmp_path / "weights",
     )
     with pytest.raises(ValueError, match="row 1: completion is empty"):
         dry_run(asked, show=False)

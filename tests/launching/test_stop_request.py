@@ -69,7 +69,9 @@ def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
 
 
 def test_an_error_while_saving_is_not_hidden_by_the_stop(tmp_path):
-    path = script(tmp_path, SAVES.replace("end_to_be_resumed()\n", "raise OSError(28, 'No space left on device')\n"))
+    path = script(
+        tmp_path, SAVES.replace("end_to_be_resumed()\n", "raise OSError(28, 'No space left on device')\n")
+    )
     with pytest.raises(
         LaunchFailed, match=r"(?s)^The launch had not ended after 12 s.*No space left"
     ) as failed:
@@ -124,7 +126,9 @@ def test_a_sigterm_to_all_processes_at_once_lets_them_save_too(tmp_path):
 
 def test_a_rank_that_has_not_saved_is_no_run_to_resume(tmp_path):
     """All processes get SIGTERM, and one rank fails as it saves: the status is 1, and the error is shown."""
-    path = script(tmp_path, SAVES.replace("end_to_be_resumed()\n", "end_to_be_resumed() if rank == '0' else 1 / 0\n"))
+    path = script(
+        tmp_path, SAVES.replace("end_to_be_resumed()\n", "end_to_be_resumed() if rank == '0' else 1 / 0\n")
+    )
     launching = typed(path, tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
     for process in ranks_of(path):

@@ -77,7 +77,9 @@ def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run):
     moments, phases = plan_of(run).moments, run["measured"]["phases"]
     wrapping = sum(moments["wrapping"].values())
     training = max(
-        sum(items.values()) for name, items in moments.items() if name not in ("wrapping", "first layer of an evaluation")
+        sum(items.values())
+        for name, items in moments.items()
+        if name not in ("wrapping", "first layer of an evaluation")
     )
     assert wrapping == pytest.approx(phases["wrapped"][0], rel=0.01)
     assert training == pytest.approx(phases["trained"][0], rel=0.02)

@@ -1,4 +1,4 @@
-"""Evaluation, accumulation and checkpoints in the memory plan, beside the bytes that are held, as far as a CPU shows it."""
+"""Evaluation, accumulation and checkpoints in the memory plan, beside the bytes that a CPU shows to be held."""
 
 import weakref
 from itertools import product
@@ -34,7 +34,10 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (storage := tensor.untyped_storage())._cdata not in self.sizes
+            ):
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
         self.peak = max(self.peak, sum(self.sizes.values()))

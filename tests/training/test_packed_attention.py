@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from recording import record
+from torch import nn
 from training_runs import run, train
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
@@ -224,7 +224,9 @@ def losses(tmp_path_factory):
         name: {kind: [line[kind] for line in lines[name] if kind in line] for kind in ("loss", "eval_loss")}
         for name in WAYS
     }
-    record("Losses of the same rows and model in each way of taking rows", f"RECORD=FILE {COMMAND}", ways=found)
+    record(
+        "Losses of the same rows and model in each way of taking rows", f"RECORD=FILE {COMMAND}", ways=found
+    )
     return found
 
 
@@ -240,7 +242,7 @@ def test_the_loss_is_a_mean_over_tokens_packed_or_not_accumulated_or_not_on_one_
 @pytest.mark.launch
 @pytest.mark.parametrize("name", WAYS)
 def test_the_held_out_loss_means_the_same_in_every_way(losses, name):
-    """Each held-out row counts once, each of its learned tokens as much as any other: before the first step and after."""
+    """Each held-out row counts once, each of its learned tokens as any other: before the first step and after."""
     held_out, expected = losses[name]["eval_loss"], losses["two ranks"]["eval_loss"]
     assert len(held_out) == 2 and held_out[1] < held_out[0] - 0.02
     assert held_out == pytest.approx(expected, abs=0.003)

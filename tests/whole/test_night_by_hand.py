@@ -1,8 +1,9 @@
-"""A 70B parameter file, dry, with somebody's own chats: every number that notebook 04 prints, worked out a second time."""
+"""A 70B parameter file, dry, with somebody's own chats: every number that notebook 04 prints, by other means."""
 
 import contextlib
 import io
 import json
+import math
 import random
 import re
 
@@ -68,7 +69,8 @@ def lengths(rows) -> list[int]:
     """Tokens of each chat, whole, as the tokenizer alone renders it."""
     tokenizer, roles = load_tokenizer(str(tiny_base())), {"human": "user", "gpt": "assistant"}
     talks = [
-        [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]] for row in rows
+        [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        for row in rows
     ]
     return [len(tokenizer.apply_chat_template(talk, return_dict=False)) for talk in talks]
 
@@ -168,7 +170,9 @@ def test_the_whole_run(said, rows, lengths):
             out.update(group)
     cut = [min(length, LENGTH) for place, length in enumerate(lengths) if place not in out]
     packs, tokens = len(best_fit(cut, LENGTH)), sum(cut)
-    steps = -(-(-(-packs // 8)) // 2)  # a pass takes 4 packs on each of 2 ranks, a step takes two passes
+    steps = math.ceil(
+        math.ceil(packs / 8) / 2
+    )  # a pass takes 4 packs on each of 2 ranks, a step takes two passes
     assert len(cut) == 950
     assert number("rows a step (effective batch)", whole) == 4 * 2 * 2
     assert number("tokens a step, about", whole) == round(tokens / steps)
@@ -179,5 +183,7 @@ def test_the_whole_run(said, rows, lengths):
     assert ("time_limit stops it" in whole) == (seconds > 3600)
     kept = 2 * steps // 50 + (2 * steps % 50 > 0)  # a checkpoint after every 50 steps, and after the last
     assert number("checkpoints kept, at most", whole) == min(kept, 3)
-    disk = min(kept, 3) * 3 * ADAPTER + 2 * ADAPTER  # weights and two moments each; the adapter, and the one it replaces
+    disk = (
+        min(kept, 3) * 3 * ADAPTER + 2 * ADAPTER
+    )  # weights and two moments each; the adapter, and the one it replaces
     assert f"{disk / 1e9:,.2f} GB" in whole

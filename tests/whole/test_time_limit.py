@@ -1,4 +1,4 @@
-"""Notebook 04 with too little time: it saves and ends with 75, and the same command goes on until the adapter is there."""
+"""Notebook 04 with too little time: it saves and ends with 75, and the same command goes on to an adapter."""
 
 import json
 import os
@@ -43,7 +43,9 @@ def test_the_notebook_s_run_stops_in_time_and_the_same_command_goes_on(tmp_path)
         assert status == RESUME_ME, said[-3000:]
         assert "its ranks were asked to end. They have saved (exit status 75). Go on with:" in said
         if steps:
-            assert f"train/checkpoint-{steps}." in said, "the second run goes on from the first one's checkpoint"
+            assert f"train/checkpoint-{steps}." in said, (
+                "the second run goes on from the first one's checkpoint"
+            )
         newest = checkpoints_in(folder / "train")[-1]
         assert int(newest.name.removeprefix("checkpoint-")) > steps
         steps = int(newest.name.removeprefix("checkpoint-"))
