@@ -30,7 +30,7 @@ from nbutils.launching.measurements import HostMemory, measured
 from nbutils.launching.random_weights import prepare, with_tokenizer
 from nbutils.launching.script_file import write_script
 from nbutils.planning.memory_items import LIBRARIES_CPU
-from nbutils.planning.memory_plan import plan
+from nbutils.planning.memory_plan import Plan, plan
 from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import SHAPES, Shape, shape_of
 
@@ -154,11 +154,7 @@ def dry_run(run: DryRun, show: bool = True) -> dict:
     config = _config(run, run_dir)
     setup = Setup.read(config, run.world_size)
     settings, own = _settings_and_rows(run, run_dir, setup.world_size)
-    longest = own.longest if own else run.length
-    expected = plan(run.shape, setup, run.batch, longest, run.lora_r, choices=Choices.read(settings))
-    if no_accelerator():
-        expected.host["Python and libraries"] = LIBRARIES_CPU
-    prediction = predicted(expected, setup, run.cap_gib)
+    prediction = predicted(_plan(run, setup, settings, own), setup, run.cap_gib)
     (run_dir / PREDICTION).write_text(json.dumps(prediction, indent=1) + "\n")
 
     script = write_script(run_dir)
@@ -195,6 +191,14 @@ def _settings_and_rows(run: DryRun, run_dir: Path, ranks: int) -> tuple[dict, Ow
     own = OwnRows.read(run, settings, ranks)
     with_tokenizer(prepare(run.shape, run.folder), run.tokenizer, run_dir / "model")
     return settings, own
+
+
+def _plan(run: DryRun, setup: Setup, settings: dict, own: OwnRows | None) -> Plan:
+    longest = own.longest if own else run.length
+    expected = plan(run.shape, setup, run.batch, longest, run.lora_r, choices=Choices.read(settings))
+    if no_accelerator():
+        expected.host["Python and libraries"] = LIBRARIES_CPU
+    return expected
 
 
 def _config(run: DryRun, run_dir: Path) -> Path:
