@@ -88,7 +88,7 @@ def test_an_evaluation_of_more_rows_than_a_batch_has_can_be_the_peak():
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("passes")
     asked = [
-        run(folder, f"fsdp{fsdp} {passes}", f"fsdp{fsdp}_{passes}", fsdp, max_steps=2, save_steps=2,
+        run(folder, f"fsdp{fsdp} {passes}", f"fsdp{fsdp}_{passes}", fsdp, max_steps=2, save_steps=2, logging_steps=1,
             gradient_accumulation_steps=passes) | {"gradients": True}
         for fsdp, passes in product((1, 2), (1, 2))
     ]  # fmt: skip
