@@ -9,22 +9,19 @@ import json
 import math
 import random
 import shutil
-import statistics
 import sys
 import tarfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peer import describe_peer, peer_run
 
-from nbutils.common.paths import go_to_root
-from nbutils.common.progress_file import read_progress
+from nbutils.common.paths import ROOT, go_to_root
 from nbutils.launching.dry_run import dry_run
+from nbutils.launching.dry_run_params import of_goal
 from nbutils.launching.dry_run_record import describe
 from nbutils.launching.dry_run_settings import DryRun
 from nbutils.launching.random_weights import prepare
@@ -42,8 +39,7 @@ KEEP_ALL = "activation_checkpointing=false"
 
 def goal(name: str) -> tuple[str, ...]:
     """The settings of a file in configs/goals, as `dry_run` takes them."""
-    path = Path(__file__).resolve().parents[1] / "configs" / "goals" / f"{name}.yaml"
-    return tuple(f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(path.read_text()).items())
+    return tuple(of_goal(ROOT / "configs" / "goals" / f"{name}.yaml"))
 
 
 @dataclass(frozen=True)
@@ -191,32 +187,6 @@ def write_chats(path: Path, count: int = 3000, mean: float = 182, sigma: float =
     return path
 
 
-def steady(run_dir: Path, seconds: list[float]) -> dict:
-    """Real tokens a second of the second half of a run, the median of its steps; padding does not count.
-
-    A median, because a batch of a new length is compiled for: seconds that a night of training does not notice, and
-    that would rule a mean of six steps.
-
-    Args:
-        run_dir: of a dry run that logs each step.
-        seconds: `all_step_seconds` of its record: from the end of each step to the end of the next.
-
-    Returns:
-        `tokens_per_second` over all ranks, `step_seconds` (both medians), and `tokens_a_step` of each of these steps.
-    """
-    lines = [line for line in read_progress(run_dir / "train") if "num_tokens" in line]
-    total = {line["step"]: line["num_tokens"] for line in lines}
-    after = len(seconds) // 2 + 1  # the last step of the first half
-    tokens = [total[step] - total[step - 1] for step in range(after + 1, len(seconds) + 2)]
-    taken = seconds[after - 1 :]
-    rates = [count / second for count, second in zip(tokens, taken, strict=True)]
-    return {
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "step_seconds": round(statistics.median(taken), 4),
-        "tokens_a_step": tokens,
-    }
-
-
 def main() -> int:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -253,10 +223,9 @@ def main() -> int:
             print(f"==== {name}: left out, no --peer", flush=True)
             continue
         shape = replace(shape_of(options.model), layers=options.layers or case.layers)
-        prepare(shape, options.folder)
+        weights = prepare(shape, options.folder)
         print(f"==== {name}: {time.monotonic() - started:.0f} s since the start", flush=True)
         run_dir = Path("runs/matrix") / name
-        rows = (f"dataset={write_chats(Path('runs/matrix/chats.jsonl'))}",) if case.chats else ()
         asked = DryRun(
             shape,
             case.config or None,
@@ -266,7 +235,9 @@ def main() -> int:
             lora_r=case.lora_r,
             cap_gib=case.cap,
             world_size=case.ranks,
-            extra=(*case.settings, *rows),
+            extra=case.settings,
+            data=write_chats(Path("runs/matrix/chats.jsonl")) if case.chats else None,
+            tokenizer=weights,
             folder=options.folder,
             run_dir=run_dir,
             commit=options.commit,
@@ -275,8 +246,6 @@ def main() -> int:
             timeout=max(60.0, min(left - 5, 2 * case.seconds)),
         )
         result = peer_run(options.peer, asked) if case.peer else dry_run(asked)
-        if case.chats and result["outcome"] == "ok":
-            result["measured"] |= steady(run_dir, result["measured"]["all_step_seconds"])
         print(describe_peer(result) if case.peer else describe(result), flush=True)
         if result["outcome"] == "failed":
             failed += 1

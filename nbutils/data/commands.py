@@ -33,13 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace, tokenizer) -> int:
     """Print the report; the status is 1 if nothing in the file can be trained on."""
-    from nbutils.data.report import Batch, look_at_data  # seconds to import
+    from nbutils.data.report import Batch, Speed, look_at_data  # seconds to import
     from nbutils.data.report_words import in_words
 
     for name in ("max_length", *BATCH):
         if getattr(options, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least 1.")
-    speed = options.tokens_per_second or (recorded_speed(options.record) if options.record else None)
+    speed = Speed(*recorded_speed(options.record)) if options.record else None
+    if options.tokens_per_second:
+        speed = Speed(options.tokens_per_second)
     batch = Batch(*(getattr(options, name) for name in BATCH))
     found = look_at_data(
         options.file, tokenizer, options.max_length, batch, options.ignore_columns, options.truncation_mode
@@ -51,19 +53,23 @@ def report(options: argparse.Namespace, tokenizer) -> int:
     return 0 if found.kept else 1
 
 
-def recorded_speed(record: Path) -> float:
-    """Tokens a second over all GPUs, out of a record of a dry run.
+def recorded_speed(record: Path) -> tuple[float, str | None]:
+    """The speed in a record of a dry run.
+
+    Returns:
+        Tokens a second over all GPUs; and how rows of a file were taken, or None where rows were full.
 
     Raises:
         Refused: the file is no such record, or the run in it did not train.
     """
     try:
-        speed = json.loads(record.read_text(encoding="utf-8"))["measured"]["tokens_per_second"]
-    except (ValueError, KeyError, TypeError):
-        speed = None
+        held = json.loads(record.read_text(encoding="utf-8"))
+        speed, taken = held["measured"]["tokens_per_second"], held["config"].get("rows", {}).get("taken")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        speed = taken = None
     if not speed:
         raise Refused(
             f"{record} holds no tokens_per_second under measured. Name the record of a dry run that trained: "
-            "python -m nbutils dryrun"
+            "python -m nbutils dryrun --data FILE --out RECORD"
         )
-    return speed
+    return speed, taken

@@ -54,18 +54,28 @@ def packed(
         ranks: how many ranks.
         accumulation: forward passes a step.
     """
+    packs = packs_of(lengths, max_length)
+    steps = -(-len(packs) // (packs_a_rank * ranks * accumulation))
+    # A batch of packs is one long row without padding; what a pack leaves empty is not computed.
+    return Batches(len(packs), steps, sum(packs), sum(packs) / max(len(packs) * max_length, 1))
+
+
+def packs_of(lengths: list[int], max_length: int) -> list[int]:
+    """Tokens of each pack that TRL makes of rows, in their order (`packing_strategy: bfd`).
+
+    Args:
+        lengths: tokens of each row, none longer than `max_length`.
+        max_length: tokens of a pack.
+    """
     if not lengths:
-        return Batches(0, 0, 0, 0.0)
+        return []
     from trl.data_utils import pack_dataset  # seconds to import
 
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
-        packs = [len(pack["input_ids"]) for pack in pack_dataset(rows, max_length, "bfd")]
+        return [len(pack["input_ids"]) for pack in pack_dataset(rows, max_length, "bfd")]
     finally:
         if shown:
             enable_progress_bars()
-    steps = -(-len(packs) // (packs_a_rank * ranks * accumulation))
-    # A batch of packs is one long row without padding; what a pack leaves empty is not computed.
-    return Batches(len(packs), steps, sum(packs), sum(packs) / max(len(packs) * max_length, 1))

@@ -24,6 +24,20 @@ class Batch:
     accumulation: int = 1
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second over all ranks, and of which rows.
+
+    Args:
+        tokens_per_second: without padding.
+        taken: None of full rows; or how a dry run took rows like these (`dryrun --data`): "packed", "grouped by
+            length", "as they come". Its speed is that of their text alone, whatever padding it computed.
+    """
+
+    tokens_per_second: float
+    taken: str | None = None
+
+
 @dataclass
 class DataReport:
     """What `python -m nbutils data` prints, as numbers.
@@ -68,8 +82,20 @@ class DataReport:
     first: Row | None
     examples: dict[str, str] = field(default_factory=dict)
 
-    def as_json(self, tokens_per_second: float | None = None) -> dict:
-        """The same as JSON holds it, without the row and the lengths one by one."""
+    def hours(self, speed: Speed) -> dict[str, float]:
+        """Hours of an epoch, by how the rows are taken; of a dry run's speed, as that run took them alone."""
+        if speed.taken:
+            ways = {speed.taken: self.tokens}
+        else:
+            ways = {"packed": self.packed.tokens, "as they come, at least": self.padded.tokens}
+        return {way: tokens / speed.tokens_per_second / 3600 for way, tokens in ways.items()}
+
+    def as_json(self, speed: Speed | None = None) -> dict:
+        """The same as JSON holds it, without the row and the lengths one by one.
+
+        Args:
+            speed: if hours are wanted.
+        """
         told = {
             name: getattr(self, name)
             for name in (
@@ -88,9 +114,8 @@ class DataReport:
             "steps_padded": self.padded.steps,
             "padded_fill": round(self.padded.fill, 4),
         }
-        if tokens_per_second:
-            told["hours_packed"] = round(self.packed.tokens / tokens_per_second / 3600, 3)
-            told["hours_padded_at_least"] = round(self.padded.tokens / tokens_per_second / 3600, 3)
+        if speed:
+            told["hours"] = {way: round(taken, 3) for way, taken in self.hours(speed).items()}
         return told
 
 

@@ -6,19 +6,19 @@ from transformers import PreTrainedTokenizerBase
 
 from nbutils.data.labels import Row
 from nbutils.data.packs import Batches
-from nbutils.data.report import Batch, DataReport
+from nbutils.data.report import Batch, DataReport, Speed
 
 
 def in_words(
     report: DataReport,
     tokenizer: PreTrainedTokenizerBase,
     batch: Batch,
-    tokens_per_second: float | None = None,
+    speed: Speed | None = None,
 ) -> str:
     """The report as a person reads it."""
     parts = [_counts(report), _histogram(report.lengths, report.max_length), _epoch(report, batch)]
-    if tokens_per_second:
-        parts.append(_hours(report, tokens_per_second))
+    if speed:
+        parts.append(_hours(report, speed))
     if report.refused:
         parts.append(_refusals(report))
     if report.first:
@@ -92,12 +92,12 @@ def _epoch(report: DataReport, batch: Batch) -> str:
     )
 
 
-def _hours(report: DataReport, tokens_per_second: float) -> str:
-    rows, packs = (made.tokens / tokens_per_second / 3600 for made in (report.padded, report.packed))
-    return (
-        f"hours an epoch at {tokens_per_second:,.0f} tokens/s: {packs:.2f} packed, at least {rows:.2f} as they come\n"
-        "  The speed is that of full rows. A step of short rows waits for the weights and reaches less."
-    )
+def _hours(report: DataReport, speed: Speed) -> str:
+    taken = ", ".join(f"{time:.2f} {way}" for way, time in report.hours(speed).items())
+    note = "The speed is that of full rows. A step of short rows waits for the weights and reaches less."
+    if speed.taken:
+        note = "The speed is that of text in rows like these, measured by a dry run on them."
+    return f"hours an epoch at {speed.tokens_per_second:,.0f} tokens/s: {taken}\n  {note}"
 
 
 def _refusals(report: DataReport) -> str:

@@ -1,6 +1,8 @@
 """A dry run at full size, without a download: random weights of the real shapes, the real script, a few real steps.
 
 Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
+Or on rows of your own, with the settings of the night:
+python -m nbutils dryrun --params configs/params/llama31_70b_2x24gb_fastest.yaml --data my_rows.jsonl
 """
 
 import argparse
@@ -18,30 +20,29 @@ from nbutils.common.devices import no_accelerator
 from nbutils.common.paths import RUNS, at_root, go_to_root
 from nbutils.common.provenance import provenance
 from nbutils.launching.config_faults import refuse_bad_config
+from nbutils.launching.dry_run_params import of_goal, of_params
 from nbutils.launching.dry_run_record import configuration, describe, outcome_of, predicted
+from nbutils.launching.dry_run_rows import OwnRows, model_with_a_shape, tokenizer_folder
 from nbutils.launching.dry_run_settings import PREDICTION, DryRun, claim, read_pairs, write_settings
 from nbutils.launching.launch import LaunchFailed, choose_config, launch
 from nbutils.launching.launch_command import launch_command
 from nbutils.launching.measurements import HostMemory, measured
-from nbutils.launching.random_weights import prepare
+from nbutils.launching.random_weights import prepare, with_tokenizer
 from nbutils.launching.script_file import write_script
 from nbutils.planning.memory_items import LIBRARIES_CPU
-from nbutils.planning.memory_plan import plan
+from nbutils.planning.memory_plan import Plan, plan
 from nbutils.planning.run_setup import LORA_RANK, Choices, Setup
 from nbutils.planning.shapes import SHAPES, Shape, shape_of
 
 MEASURED_RUN = "nbutils.launching.measured_run"
+NO_SPEED = {"tokens_per_second": None, "step_seconds": None}  # what was counted as full rows were none
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one dry run and return 0 if it trained, 3 if it ran out of memory."""
-    options = make_parser().parse_args(arguments)
-    for name in ("config", "folder", "run_dir", "out"):
-        if typed := getattr(options, name):
-            setattr(options, name, at_root(typed))
-    model = str(at_root(options.model)) if Path(options.model).exists() else options.model
+    options = _read(arguments)
     go_to_root()
-    shape = shape_of(model)
+    shape = shape_of(model_with_a_shape(options.model))
     if options.layers:
         shape = replace(shape, layers=options.layers)
     if options.prepare_only:
@@ -53,6 +54,22 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(describe(result))
     return {"ok": 0, "oom": 3}.get(result["outcome"], 1)
+
+
+def _read(arguments: list[str] | None) -> argparse.Namespace:
+    """What was typed, over what the file of parameters says; paths as they are called from the root."""
+    parser = make_parser()
+    typed, pairs = parser.parse_known_args(arguments)[0], []
+    if typed.params:
+        defaults, pairs = of_params(typed.params)
+        parser.set_defaults(**defaults)
+    options = parser.parse_args(arguments)
+    options.set = pairs + (of_goal(options.goal) if options.goal else []) + options.set
+    for name in ("model", "config", "folder", "run_dir", "out", "data", "tokenizer"):
+        value = getattr(options, name)
+        if value and (isinstance(value, Path) or Path(value).exists()):
+            setattr(options, name, type(value)(at_root(value)))
+    return options
 
 
 def _asked_for(shape: Shape, options: argparse.Namespace) -> DryRun:
@@ -73,6 +90,8 @@ def _asked_for(shape: Shape, options: argparse.Namespace) -> DryRun:
         changes=options.change,
         trace=options.trace,
         timeout=options.time_limit,
+        data=options.data,
+        tokenizer=tokenizer_folder(options.tokenizer, options.model) if options.data else None,
     )
 
 
@@ -81,7 +100,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nbutils dryrun", description=__doc__.splitlines()[0])
     option = parser.add_argument
     pairs = {"action": "append", "default": []}
-    option("--model", default="llama31_70b", help=f"one of {', '.join(SHAPES)}, or a local config.json")
+    option("--model", default="llama31_70b", help=f"one of {', '.join(SHAPES)}, a folder, or a hub id")
+    option("--data", metavar="FILE", help="train on the rows of this file, or hub id, as they are")
+    option("--tokenizer", metavar="MODEL", help="whose tokenizer reads them; left out: the model's")
+    option("--params", type=Path, help="settings of the night, as in configs/params")
+    option("--goal", type=Path, help="further settings, as in configs/goals")
     option("--layers", type=int, help="build only so many of its layers")
     option("--config", type=Path, help="for accelerate launch; left out: what fits this machine")
     option("--change", metavar="KEY=VALUE", help="change a key of the config in a copy", **pairs)
@@ -130,11 +153,8 @@ def dry_run(run: DryRun, show: bool = True) -> dict:
     run_dir = Path(run.run_dir or RUNS / "dryrun" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"))
     config = _config(run, run_dir)
     setup = Setup.read(config, run.world_size)
-    settings = write_settings(run, run_dir, prepare(run.shape, run.folder), setup.world_size)
-    expected = plan(run.shape, setup, run.batch, run.length, run.lora_r, choices=Choices.read(settings))
-    if no_accelerator():
-        expected.host["Python and libraries"] = LIBRARIES_CPU
-    prediction = predicted(expected, setup, run.cap_gib)
+    settings, own = _settings_and_rows(run, run_dir, setup.world_size)
+    prediction = predicted(_plan(run, setup, settings, own), setup, run.cap_gib)
     (run_dir / PREDICTION).write_text(json.dumps(prediction, indent=1) + "\n")
 
     script = write_script(run_dir)
@@ -144,7 +164,7 @@ def dry_run(run: DryRun, show: bool = True) -> dict:
     told = " ".join([*(f"{name}={value}" for name, value in variables.items()), *typed])
     record = {
         **provenance(told, run.commit),
-        "config": configuration(run, setup, str(config)),
+        "config": configuration(run, setup, str(config)) | ({"rows": own.record()} if own else {}),
         "outcome": "ok",
         "predicted": prediction,
     }
@@ -157,7 +177,28 @@ def dry_run(run: DryRun, show: bool = True) -> dict:
             )  # fmt: skip
     except LaunchFailed as problem:
         record |= {"outcome": outcome_of(problem), "error": problem.error or str(problem)}
-    return record | {"measured": measured(run_dir, host, run.tokens_a_step(setup.world_size))}
+    seen = measured(run_dir, host, run.tokens_a_step(setup.world_size))
+    if own:
+        seen |= own.measured(run_dir, seen["all_step_seconds"]) if record["outcome"] == "ok" else NO_SPEED
+    return record | {"measured": seen}
+
+
+def _settings_and_rows(run: DryRun, run_dir: Path, ranks: int) -> tuple[dict, OwnRows | None]:
+    """The script's settings, its model, and its rows; those of a user are looked at before 40 GB are written."""
+    if not run.data:
+        return write_settings(run, run_dir, prepare(run.shape, run.folder), ranks), None
+    settings = write_settings(run, run_dir, run_dir / "model", ranks)
+    own = OwnRows.read(run, settings, ranks)
+    with_tokenizer(prepare(run.shape, run.folder), run.tokenizer, run_dir / "model")
+    return settings, own
+
+
+def _plan(run: DryRun, setup: Setup, settings: dict, own: OwnRows | None) -> Plan:
+    longest = own.longest if own else run.length
+    expected = plan(run.shape, setup, run.batch, longest, run.lora_r, choices=Choices.read(settings))
+    if no_accelerator():
+        expected.host["Python and libraries"] = LIBRARIES_CPU
+    return expected
 
 
 def _config(run: DryRun, run_dir: Path) -> Path:

@@ -75,7 +75,23 @@ def describe(result: dict) -> str:
         f"{measured['tokens_per_second']} tokens/s over all ranks"
     )
     rows.append(f"losses {measured['losses']}")
+    rows += _own_rows(result)
     rows.append(
         f"outcome: {result['outcome']} (predicted: {predicted['outcome']}) {result.get('error', '')[:300]}"
     )
     return "\n".join(rows)
+
+
+def _own_rows(result: dict) -> list[str]:
+    """What an epoch of somebody's own rows takes, at the speed that was measured on them."""
+    own, epoch = result["config"].get("rows"), result["measured"].get("epoch")
+    if not own or not epoch:
+        return []
+    speed = result["measured"]["tokens_per_second"]
+    pieces = "packs" if own["taken"] == "packed" else "rows"
+    return [
+        f"{own['file']}, {own['taken']}: {own['rows']:,} {pieces} of {own['tokens']:,} tokens to train on, "
+        f"the longest of {own['longest']:,}",
+        f"an epoch: {epoch['steps']:,} steps of about {epoch['tokens_a_step']:,.0f} tokens, {epoch['hours']:.2f} hours "
+        f"at {speed:,.0f} tokens of text a second, evaluations and checkpoints apart",
+    ]

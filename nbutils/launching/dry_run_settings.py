@@ -13,7 +13,7 @@ from nbutils.planning.run_setup import LORA_RANK
 from nbutils.planning.shapes import Shape
 
 PREDICTION = "prediction.json"  # by it a dry run knows the folder of another one
-REPLACED = ("train", "ranks", "train.yaml", "train.jsonl", "heldout.jsonl", "train.log", SCRIPT)
+REPLACED = ("train", "ranks", "model", "train.yaml", "train.jsonl", "heldout.jsonl", "train.log", SCRIPT)
 # Settings of the script that decide about memory and speed, and what they are called here.
 COUNTED = {
     "per_device_train_batch_size": "batch",
@@ -32,7 +32,7 @@ class DryRun:
         shape: of the model.
         config: for `accelerate launch`; None takes what fits this machine.
         batch: rows a rank and forward pass.
-        length: tokens a row; every row has exactly so many, without padding.
+        length: tokens a row; every row has exactly so many, without padding. With `data`, where rows are cut.
         steps: optimizer steps, at least 3: the first two are left out of the speed.
         lora_r: rank of the adapter.
         accumulation: forward passes an optimizer step.
@@ -46,6 +46,9 @@ class DryRun:
         changes: keys of the config, `key=value`, those of its `fsdp_config` too; the changed copy lies in `run_dir`.
         trace: also record what was in GPU memory at the peak, in `ranks/peak_rank0.json`; for few layers only.
         timeout: seconds.
+        data: rows of your own: a file, or a hub id. They are read, split, cut, and packed or padded as in training; the
+            speed is then that of their text, without padding.
+        tokenizer: a folder with their tokenizer; needed with `data`.
 
     Raises:
         ValueError: a setting that is counted with is no whole number.
@@ -67,6 +70,8 @@ class DryRun:
     changes: tuple[str, ...] | list[str] = ()
     trace: bool = False
     timeout: float = math.inf
+    data: str | Path | None = None
+    tokenizer: Path | None = None
 
     def __post_init__(self):
         for name, value in read_pairs(self.extra).items():
@@ -101,12 +106,12 @@ def claim(run_dir: Path) -> None:
                     "folder with --run-dir, or leave it out."
                 )
         (run_dir / PREDICTION).touch()  # from here on it is a dry run's, even if this one stops at once
-    for name in ("train", "ranks"):
+    for name in ("train", "ranks", "model"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def write_settings(run: DryRun, run_dir: Path, weights: Path, ranks: int) -> dict:
-    """Write rows of exactly `length` tokens, and the script's settings to `train.yaml`.
+    """Write the script's settings to `train.yaml`, and rows of exactly `length` tokens if there are none of one's own.
 
     Args:
         run: what is asked for.
@@ -117,21 +122,11 @@ def write_settings(run: DryRun, run_dir: Path, weights: Path, ranks: int) -> dic
     Returns:
         The settings.
     """
-    rows = max(8, run.steps * run.batch * run.accumulation * ranks)
-    text = "a b c d e f g h " * (
-        run.length // 8 + 2
-    )  # at least one token a letter: the script cuts at `length`
-    for name, letter, count in (("train.jsonl", "a", rows), ("heldout.jsonl", "A", ranks)):
-        lines = [json.dumps({"text": f"{chr(ord(letter) + n % 26)} {text}"}) for n in range(count)]
-        (run_dir / name).write_text("\n".join(lines) + "\n")
     settings = {
         "model": str(weights),
-        "dataset": str(run_dir / "train.jsonl"),
-        "heldout_dataset": str(run_dir / "heldout.jsonl"),
+        **(_own_rows(run, ranks) if run.data else _full_rows(run, run_dir, ranks)),
         "output_dir": str(run_dir / "train"),
         **{name: getattr(run, field) for name, field in COUNTED.items()},
-        "per_device_eval_batch_size": 1,
-        "completion_only_loss": False,  # every token of a row counts
         "lora_alpha": 2 * run.lora_r,
         "learning_rate": 1.0e-4,
         "logging_steps": 1,
@@ -142,3 +137,29 @@ def write_settings(run: DryRun, run_dir: Path, weights: Path, ranks: int) -> dic
     }
     (run_dir / "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return settings
+
+
+def _full_rows(run: DryRun, run_dir: Path, ranks: int) -> dict:
+    rows = max(8, run.steps * run.batch * run.accumulation * ranks)
+    text = "a b c d e f g h " * (
+        run.length // 8 + 2
+    )  # at least one token a letter: the script cuts at `length`
+    for name, letter, count in (("train.jsonl", "a", rows), ("heldout.jsonl", "A", ranks)):
+        lines = [json.dumps({"text": f"{chr(ord(letter) + n % 26)} {text}"}) for n in range(count)]
+        (run_dir / name).write_text("\n".join(lines) + "\n")
+    return {
+        "dataset": str(run_dir / "train.jsonl"),
+        "heldout_dataset": str(run_dir / "heldout.jsonl"),
+        "per_device_eval_batch_size": 1,
+        "completion_only_loss": False,  # every token of a row counts
+    }
+
+
+def _own_rows(run: DryRun, ranks: int) -> dict:
+    """One batch of held-out rows as large as those of training, so that its memory is seen as well."""
+    return {
+        "dataset": str(run.data),
+        "heldout_dataset": None,
+        "per_device_eval_batch_size": run.batch,
+        "eval_rows": run.batch * ranks,
+    }

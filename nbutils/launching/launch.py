@@ -18,7 +18,7 @@ from typing import TextIO
 
 from nbutils.common.devices import gpus_shown, no_accelerator
 from nbutils.common.disk import refuse_output
-from nbutils.common.exit_status import RESUME_ME
+from nbutils.common.exit_status import RESUME_ME, all_want_to_be_resumed
 from nbutils.common.paths import from_here
 from nbutils.common.progress_file import ProgressReader
 from nbutils.launching.config_faults import refuse_bad_config
@@ -220,7 +220,7 @@ class _Run:
         if status == 0 and ended_alone:  # torchrun may end with 0 after a SIGTERM of ours
             return None
         codes = exit_statuses(self.log) if ended_alone else set()
-        saved = codes == {RESUME_ME}
+        saved = codes == {RESUME_ME} or (ended_alone and not codes and all_want_to_be_resumed(self.rank_logs))
         if saved or (stop.why and codes <= {RESUME_ME, -signal.SIGTERM}):
             return self._stopped(stop, saved)
         failure = first_failure(self.log, self.rank_logs, status)

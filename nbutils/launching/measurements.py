@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -113,6 +114,32 @@ def measured(run_dir: Path, host: HostMemory | None, tokens_a_step: int) -> dict
         "tokens_per_second": round(tokens_a_step / mean, 1) if mean else None,
         "losses": [line["loss"] for line in read_progress(run_dir / "train") if "loss" in line],
         "run": json.loads(run.read_text(encoding="utf-8")) if run.exists() else None,
+    }
+
+
+def steady(run_dir: Path, seconds: list[float]) -> dict:
+    """Real tokens a second of the second half of a run, the median of its steps; padding does not count.
+
+    A median, because a batch of a new length is compiled for: seconds that a night of training does not notice, and
+    that would rule a mean of six steps.
+
+    Args:
+        run_dir: of a dry run that logs each step.
+        seconds: `all_step_seconds` of its record: from the end of each step to the end of the next.
+
+    Returns:
+        `tokens_per_second` over all ranks, `step_seconds` (both medians), and `tokens_a_step` of each of these steps.
+    """
+    lines = [line for line in read_progress(run_dir / "train") if "num_tokens" in line]
+    total = {line["step"]: line["num_tokens"] for line in lines}
+    after = len(seconds) // 2 + 1  # the last step of the first half
+    tokens = [total[step] - total[step - 1] for step in range(after + 1, len(seconds) + 2)]
+    taken = seconds[after - 1 :]
+    rates = [count / second for count, second in zip(tokens, taken, strict=True)]
+    return {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "step_seconds": round(statistics.median(taken), 4),
+        "tokens_a_step": tokens,
     }
 
 

@@ -13,6 +13,10 @@ from nbutils.common.noise import drop_noise
 from nbutils.common.paths import RUNS
 from nbutils.planning.shapes import Shape, config_of
 
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"
+)  # fmt: skip
+
 
 def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
     """Write an NF4 checkpoint of random weights in the given shape, unless it is there already.
@@ -38,6 +42,30 @@ def prepare(shape: Shape, folder: str | Path | None = None) -> Path:
             making.rename(target)
         shutil.rmtree(making, ignore_errors=True)
     return target
+
+
+def with_tokenizer(weights: Path, tokenizer: Path, target: Path) -> Path:
+    """A folder of the same weights under another tokenizer: links to the ones, copies of the other.
+
+    Args:
+        weights: from `prepare`.
+        tokenizer: a folder that holds the files of a tokenizer, with or without a model.
+        target: a new folder.
+
+    Returns:
+        `target`.
+    """
+    target.mkdir(parents=True)
+    for file in weights.iterdir():
+        if not _of_tokenizer(file):
+            (target / file.name).symlink_to(file.resolve())
+    for file in filter(_of_tokenizer, tokenizer.iterdir()):
+        shutil.copy(file, target)
+    return target
+
+
+def _of_tokenizer(file: Path) -> bool:
+    return any(file.match(pattern) for pattern in TOKENIZER_FILES)
 
 
 def folder_name(shape: Shape) -> str:

@@ -50,9 +50,11 @@ def plan_of(run: dict) -> Plan:
 
 
 def choices_of(run: dict) -> Choices:
-    """What the settings of a recorded run decided about memory."""
+    """What the settings of a recorded run decided about memory; a dry run evaluates one row and keeps no checkpoint."""
     pairs = (setting.split("=", 1) for setting in run["config"].get("settings", []))
-    return Choices.read({name: yaml.safe_load(value) for name, value in pairs})
+    of_dry_runs = {"per_device_eval_batch_size": 1, "save_strategy": "no"}
+    passes = {"gradient_accumulation_steps": run["config"].get("gradient_accumulation_steps", 1)}
+    return Choices.read(of_dry_runs | passes | {name: yaml.safe_load(value) for name, value in pairs})
 
 
 def compare_with_records(runs: dict[str, dict]) -> None:

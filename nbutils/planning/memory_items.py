@@ -61,6 +61,32 @@ def passing_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
     return BF16 * (shape.hidden + shape.intermediate)
 
 
+def evaluating_bytes(shape: Shape, tokens: int, unpacked: int) -> int:
+    """What one decoder layer holds at its fullest in an evaluation, where nothing is kept for a backward pass.
+
+    Counted in `LlamaDecoderLayer` under PEFT: four tensors of the hidden width (the layer's input, the sum behind
+    attention, and the norm's input and output), the activated gate, and the up projection's result. Beside these stand
+    what the adapter adds to it, before and after it is scaled, or a little earlier the projection's unpacked weight.
+    Compiled layers are planned like this too; theirs was not counted.
+
+    Args:
+        shape: of the model.
+        tokens: a rank and batch, padding included.
+        unpacked: bytes of the largest weight in bf16.
+    """
+    mlp = BF16 * shape.intermediate * tokens
+    return 4 * BF16 * shape.hidden * tokens + 2 * mlp + max(2 * mlp, unpacked)
+
+
+def logits_tile_bytes(shape: Shape, tokens: int) -> int:
+    """The piece of the logits that the loss holds, in training and in an evaluation: TRL makes them tile by tile.
+
+    A tile has at most 4,096 tokens and 32,768 words (`trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE` and
+    `_CHUNKED_LOGPROB_CHUNK_SIZE`), in bf16.
+    """
+    return BF16 * min(tokens, 4096) * min(shape.vocab, 32768)
+
+
 def pinned_bytes(wanted: int) -> int:
     """What PyTorch's pinned allocator takes for a request: the next power of two."""
     return 1 << max(0, wanted - 1).bit_length()

@@ -7,14 +7,21 @@ from nbutils.planning.shapes import Shape
 
 
 def items_of(
-    shape: Shape, setup: Setup, tokens: int, lora_r: int, choices: Choices, spare_host: bool
+    shape: Shape,
+    setup: Setup,
+    tokens: int,
+    evaluated: int,
+    lora_r: int,
+    choices: Choices,
+    spare_host: bool,
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """Bytes a rank, item by item; `nbutils.planning.memory_plan.plan` makes a plan of them.
 
     Args:
         shape: of the model.
         setup: from the accelerate config.
-        tokens: a rank and step.
+        tokens: a rank and forward pass.
+        evaluated: the same in an evaluation.
         lora_r: rank of the adapter, on all linear layers.
         choices: further settings of the script.
         spare_host: `nbutils.patches.fsdp1_pinned_memory.spare_host_memory` was called.
@@ -22,7 +29,7 @@ def items_of(
     Returns:
         The items on the GPU at each moment that can be its peak, and those in host memory.
     """
-    sizes = Sizes.of(shape, setup, tokens, lora_r, choices)
+    sizes = Sizes.of(shape, setup, tokens, evaluated, lora_r, choices)
     if setup.fsdp_version == 0:
         moments = _one_process(sizes)
     elif setup.fsdp_version == 1:
@@ -53,7 +60,8 @@ def _fsdp1(sizes: Sizes, setup: Setup) -> dict[str, dict[str, int]]:
         wrapping["adapter"] = resident["adapter"]
     kept = 1 if setup.reshard or setup.no_shard else sizes.layers
     # BACKWARD_PRE fetches the next unit ahead; with PEFT's policy that is a small one, of the adapter.
-    backward = resident | root | {"gathered layers": kept * (sizes.layer + sizes.adapter_layer)}
+    layers = {"gathered layers": kept * (sizes.layer + sizes.adapter_layer)}
+    backward = resident | root | layers
     moments = {"wrapping": wrapping, "backward of a layer": backward | sizes.one_layer_backward()}
     if offload:
         # Before the backward pass FSDP asks for the root again, and copies its shard once more from host memory.
@@ -68,7 +76,7 @@ def _fsdp1(sizes: Sizes, setup: Setup) -> dict[str, dict[str, int]]:
         )
     if sizes.on_host:
         moments["loss"] = resident | sizes.loss()
-    return moments
+    return moments | sizes.evaluation(resident | root, layers, sizes.embedding if sizes.on_host else 0)
 
 
 def _fsdp2(sizes: Sizes, setup: Setup) -> dict[str, dict[str, int]]:
@@ -97,7 +105,7 @@ def _fsdp2(sizes: Sizes, setup: Setup) -> dict[str, dict[str, int]]:
     }
     if sizes.on_host:
         moments["loss"] = resident | ahead | sizes.loss()
-        return moments
+        return moments | sizes.evaluation(resident | ahead, layers, sizes.embedding)
     # After the first layer the embedding is next, although nothing in it is trained.
     embedding = {"embedding on its way": sizes.embedding}
     moments["backward of the first layer"] = (
@@ -105,10 +113,9 @@ def _fsdp2(sizes: Sizes, setup: Setup) -> dict[str, dict[str, int]]:
     )
     # An evaluation leaves the head gathered, and the embedding's buffer is freed only after the first layer has come.
     left = resident | {"head": sizes.embedding, "embedding": sizes.embedding}
-    untrained = dict.fromkeys(("gradients", "optimizer states"), 0)
-    moments["first step after an evaluation"] = left | untrained
-    moments["evaluation"] = left | {"next layer on its way": layer}
-    return moments
+    moments["first step after an evaluation"] = left | dict.fromkeys(("gradients", "optimizer states"), 0)
+    moments["first layer of an evaluation"] = left | {"gradients": 0, "next layer on its way": layer}
+    return moments | sizes.evaluation(resident | {"head": sizes.embedding}, layers | ahead, sizes.embedding)
 
 
 def _one_process(sizes: Sizes) -> dict[str, dict[str, int]]:
@@ -116,7 +123,7 @@ def _one_process(sizes: Sizes) -> dict[str, dict[str, int]]:
     moments = {"backward of a layer": resident | sizes.one_layer_backward()}
     if sizes.on_host:
         moments["loss"] = resident | sizes.loss()
-    return moments
+    return moments | sizes.evaluation(resident, {}, sizes.embedding if sizes.on_host else 0)
 
 
 def _host(sizes: Sizes, setup: Setup, spare_host: bool) -> dict[str, int]:
@@ -129,6 +136,8 @@ def _host(sizes: Sizes, setup: Setup, spare_host: bool) -> dict[str, int]:
         host["head, pinned"] = pinned_bytes(sizes.embedding)
     if sizes.offloaded:
         host["layer inputs, pinned"] = sizes.offloaded
+    if sizes.checkpoint:
+        host["a checkpoint on its way to the disk"] = sizes.checkpoint
     if setup.offload and setup.fsdp_version == 2:  # tensor by tensor
         host["layers, pinned"] = sizes.layers * sum(
             pinned_bytes(size // sizes.ranks) for size in sizes.unit_tensors

@@ -61,8 +61,9 @@ def plan(
     Args:
         shape: of the model.
         setup: from the accelerate config.
-        batch: rows a rank and step.
-        length: tokens a row.
+        batch: rows a rank and forward pass, or packs.
+        length: tokens a row. The rows of a batch are padded to the longest of them: what is planned is a batch of rows
+            that are all as long.
         lora_r: rank of the adapter, on all linear layers.
         spare_host: `spare_host_memory` (nbutils.patches) was called; matters for FSDP 1 with offload only.
         choices: further settings of the script.
@@ -70,7 +71,8 @@ def plan(
     Returns:
         The plan.
     """
-    return Plan(*items_of(shape, setup, batch * length, lora_r, choices, spare_host))
+    evaluated = length * (batch if choices.eval_batch is None else choices.eval_batch)
+    return Plan(*items_of(shape, setup, batch * length, evaluated, lora_r, choices, spare_host))
 
 
 def left_gib(card_gib: float) -> float:
@@ -161,6 +163,8 @@ class _Run:
 def _changes(run: _Run) -> dict[str, Callable[[_Run], _Run]]:
     """What can be changed in a run, in words that can be followed; each leaves it one that the script accepts."""
     setup, choices, changes = run.setup, run.choices, {}
+    if (choices.eval_batch or 0) > run.batch:
+        changes[f"per_device_eval_batch_size: {run.batch}"] = lambda r: r.with_choices(eval_batch=r.batch)
     if setup.fsdp_version and not choices.embeddings_on_host:
         changes["embeddings_on_host: true"] = lambda r: r.with_choices(embeddings_on_host=True)
     if choices.checkpointing and not choices.offload_activations and run.length > 1024:

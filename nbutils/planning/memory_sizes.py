@@ -6,6 +6,8 @@ from nbutils.planning.memory_items import (
     BF16,
     FP32,
     WORKSPACES,
+    evaluating_bytes,
+    logits_tile_bytes,
     packed_bytes,
     passing_bytes_per_token,
     quantisation_state_bytes,
@@ -36,9 +38,15 @@ class Sizes:
     unpacked: int  # weights in bf16 while they are multiplied
     passing: int  # gradients on their way through the down projection
     on_host: bool  # embedding and head
+    accumulating: bool  # several passes a step: FSDP reduces the gradients in the last one
+    evaluated: int  # a layer in an evaluation
+    evaluation_loss: int  # hidden states, the last norm of them, and a tile of logits
+    checkpoint: int  # the copy of a rank's part that a checkpoint writes
 
     @classmethod
-    def of(cls, shape: Shape, setup: Setup, tokens: int, lora_r: int, choices: Choices) -> "Sizes":
+    def of(
+        cls, shape: Shape, setup: Setup, tokens: int, evaluated: int, lora_r: int, choices: Choices
+    ) -> "Sizes":
         embedding = BF16 * shape.vocab * shape.hidden
         saved = saved_bytes_per_token(shape, choices.compile_layers)
         kept = saved + BF16 * shape.hidden  # with the layer's input, which elsewhere counts as a checkpoint
@@ -67,6 +75,14 @@ class Sizes:
             unpacked=0 if choices.compile_layers else largest,  # compiled, it comes when most else is gone
             passing=tokens * passing_bytes_per_token(shape, choices.compile_layers),
             on_host=choices.embeddings_on_host,
+            accumulating=choices.accumulation > 1 and setup.fsdp_version > 0,
+            evaluated=evaluating_bytes(shape, evaluated, largest),
+            evaluation_loss=evaluated * shape.hidden * (FP32 + 2 * BF16)
+            + logits_tile_bytes(shape, evaluated),
+            # The adapter and AdamW's two moments.
+            checkpoint=3 * BF16 * shape.adapter_parameters(lora_r) // setup.world_size
+            if choices.keeps_checkpoints
+            else 0,
         )
 
     @property
@@ -74,8 +90,14 @@ class Sizes:
         return self.layers * self.adapter_layer
 
     def resident(self, offload: bool) -> dict[str, int]:
-        """What stays on a GPU all through training."""
+        """What stays on a GPU all through training.
+
+        Under accelerate's `no_sync` FSDP 1 and FSDP 2 both keep a step's gradients whole on each GPU, with offload too,
+        until its last pass reduces them to shards.
+        """
         items = {"quantisation state": self.scales, "cuBLAS workspaces": WORKSPACES}
+        if self.accumulating:
+            items["gradients"] = self.adapter
         if offload:
             return items
         share = self.adapter // self.ranks
@@ -83,8 +105,22 @@ class Sizes:
             "4-bit shards": self.layers * self.layer // self.ranks,
             "shard of embedding and head": self.root // self.ranks,
             "adapter": share,
-            "gradients": share,
+            "gradients": self.adapter if self.accumulating else share,
             "optimizer states": 2 * share,  # AdamW: two moments, in the adapter's dtype
+        }
+
+    def evaluation(self, resident: dict[str, int], layers: dict[str, int], head: int) -> dict[str, dict]:
+        """The moments of an evaluation: a layer, and the loss. No gradient is there.
+
+        Args:
+            resident: what stays on the GPU.
+            layers: what is gathered of layers, and is on its way.
+            head: the output head, where it has to come for the loss.
+        """
+        resident = resident | {"gradients": 0}
+        return {
+            "evaluation": resident | layers | {"one layer evaluated": self.evaluated},
+            "loss of an evaluation": resident | {"head": head, "its hidden states": self.evaluation_loss},
         }
 
     def one_layer_backward(self, first: bool = False) -> dict[str, int]:

@@ -71,20 +71,31 @@ class Setup:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the script's settings decide about memory, beside batch, length and rank of the adapter."""
+    """What the script's settings decide about memory, beside batch, length and rank of the adapter.
+
+    Args:
+        embeddings_on_host, compile_layers, checkpointing, every_n_layers, offload_activations: as in the script.
+        accumulation: forward passes a step.
+        eval_batch: rows a rank in an evaluation; None means as many as in training.
+        keeps_checkpoints: some are written while it trains.
+    """
 
     embeddings_on_host: bool = False
     compile_layers: bool = False
     checkpointing: bool = True
     every_n_layers: int = 1
     offload_activations: bool = False
+    accumulation: int = 1
+    eval_batch: int | None = None
+    keeps_checkpoints: bool = True
 
     @classmethod
     def read(cls, settings: dict) -> "Choices":
         """Read the settings of the script.
 
         Args:
-            settings: as in its YAML; what is absent has the script's default.
+            settings: as in its YAML; what is absent has the script's default. An evaluation whose rows are not said
+                takes as many as training does.
         """
         how = settings.get("activation_checkpointing_kwargs") or {}
         return cls(
@@ -93,6 +104,9 @@ class Choices:
             checkpointing=bool(settings.get("activation_checkpointing", True)),
             every_n_layers=how.get("every_n_layers", 1),
             offload_activations=how.get("offload", False),
+            accumulation=settings.get("gradient_accumulation_steps", 1),
+            eval_batch=settings.get("per_device_eval_batch_size"),
+            keeps_checkpoints=settings.get("save_strategy", "steps") != "no",
         )
 
     @classmethod

@@ -50,7 +50,7 @@ class WholeRun:
         Args:
             time_limit: seconds after which the launch saves and stops.
         """
-        hours = "not known: a dry run of a few steps tells the speed (python -m nbutils dryrun)"
+        hours = "not known: a dry run on these rows tells the speed (python -m nbutils dryrun --data FILE)"
         if self.seconds is not None:
             hours = f"{self.seconds / 3600:.1f}"
             if time_limit and self.seconds > time_limit:

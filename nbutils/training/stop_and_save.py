@@ -6,13 +6,12 @@ must stop behind the same step, for a checkpoint has a part of each: so they ask
 """
 
 import signal
-import sys
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from nbutils.common.exit_status import RESUME_ME
+from nbutils.common.exit_status import RESUME_ME, end_to_be_resumed
 from nbutils.common.ranks import rank
 
 
@@ -68,7 +67,7 @@ class StopAndSave(TrainerCallback):
             )
         if dist.is_initialized():
             dist.barrier()  # a launcher ends the other ranks when the first one has gone
-        sys.exit(RESUME_ME)
+        end_to_be_resumed()
 
     def _hear(self, *_) -> None:
         self.asked = True

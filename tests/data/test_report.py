@@ -11,7 +11,7 @@ import pytest
 from nbutils.__main__ import main
 from nbutils.data.commands import recorded_speed
 from nbutils.data.packs import padded
-from nbutils.data.report import Batch, look_at_data
+from nbutils.data.report import Batch, Speed, look_at_data
 from nbutils.data.report_words import in_words, marked
 from nbutils.models.loading import load_tokenizer
 from nbutils.models.tiny import tiny_base
@@ -101,10 +101,15 @@ def test_padding_counted_by_hand():
 
 
 def test_in_words_says_the_same(told, tokenizer):
-    words = in_words(told, tokenizer, Batch(4, 2, 2), 1000)
+    words = in_words(told, tokenizer, Batch(4, 2, 2), Speed(1000))
     assert re.search(rf"tokens learned +{told.tokens_learned:,} \(", words)
     assert re.search(r"answers cut by max_length 1024 +2 \(0\.\d%\)", words)
-    assert f"{told.packed.tokens / 3.6e6:.2f} packed" in words
+    assert (
+        f"{told.packed.tokens / 3.6e6:.2f} packed, {told.padded.tokens / 3.6e6:.2f} as they come, at least"
+        in words
+    )
+    grouped = in_words(told, tokenizer, Batch(4, 2, 2), Speed(500, "grouped by length"))
+    assert f"at 500 tokens/s: {told.tokens / 1.8e6:.2f} grouped by length\n" in grouped
     assert "2  content of the assistant turn is empty" in words and "chats.json, row 2004: content" in words
     bars = re.findall(r"^ +(?:\d[\d-]*|over 1,024) +([\d,]+)(?: #*)?$", words, re.MULTILINE)
     assert sum(int(bar.replace(",", "")) for bar in bars) == told.kept, "each row stands in one bar"
@@ -129,7 +134,7 @@ def test_the_command_prints_json_for_programs(file, capsys):
     }
     assert wanted | {"packed_fill"} <= set(made)
     assert made["refused"] == {"content of the assistant turn is empty": 2, "role tool": 1}
-    assert "hours_packed" not in made, "no speed was given"
+    assert "hours" not in made, "no speed was given"
 
 
 def test_a_file_of_which_nothing_is_left_ends_with_status_1(tmp_path, capsys):
@@ -149,7 +154,12 @@ def test_a_file_of_which_nothing_is_left_ends_with_status_1(tmp_path, capsys):
 
 
 def test_the_speed_of_a_record(tmp_path):
-    assert recorded_speed(Path("benchmarks/results/70b_fast_cap_b4_l2048.json")) > 1000
+    speed, taken = recorded_speed(Path("benchmarks/results/70b_fast_cap_b4_l2048.json"))
+    assert speed > 1000 and taken is None
+    (tmp_path / "own.json").write_text(
+        json.dumps({"measured": {"tokens_per_second": 5}, "config": {"rows": {"taken": "packed"}}})
+    )
+    assert recorded_speed(tmp_path / "own.json") == (5, "packed")
     (tmp_path / "x.json").write_text('{"measured": {"tokens_per_second": null}}')
     with pytest.raises(ValueError, match=r"x\.json holds no tokens_per_second under measured"):
         recorded_speed(tmp_path / "x.json")

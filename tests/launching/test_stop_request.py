@@ -21,6 +21,8 @@ SAVES = """
     import os, signal, sys, time
     from pathlib import Path
 
+    from nbutils.common.exit_status import end_to_be_resumed
+
     folder, rank, asked = Path(sys.argv[1]), os.environ.get("RANK", "0"), []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     (folder / f"ready{rank}").touch()
@@ -29,7 +31,7 @@ SAVES = """
         if asked:
             time.sleep(2)  # the rest of the step
             (folder / f"saved{rank}").touch()
-            sys.exit(75)
+            end_to_be_resumed()
 """
 HANGS = SAVES.replace("time.sleep(2)", "time.sleep(600)")
 
@@ -67,7 +69,9 @@ def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
 
 
 def test_an_error_while_saving_is_not_hidden_by_the_stop(tmp_path):
-    path = script(tmp_path, SAVES.replace("sys.exit(75)", "raise OSError(28, 'No space left on device')"))
+    path = script(
+        tmp_path, SAVES.replace("end_to_be_resumed()\n", "raise OSError(28, 'No space left on device')\n")
+    )
     with pytest.raises(
         LaunchFailed, match=r"(?s)^The launch had not ended after 12 s.*No space left"
     ) as failed:
@@ -106,14 +110,29 @@ def test_a_sigterm_to_the_launch_is_a_chance_to_save(tmp_path):
 
 
 def test_a_sigterm_to_all_processes_at_once_lets_them_save_too(tmp_path):
-    """scancel reaches torchrun as well, which then gives its ranks the same time, and not 30 s."""
+    """Slurm reaches torchrun as well, which then gives its ranks the same time, and not 30 s, and ends with 1."""
     path = script(tmp_path)
     launching = typed(path, tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
     for process in ranks_of(path):
         process.send_signal(signal.SIGTERM)
     _, said = launching.communicate(timeout=60)
-    assert launching.returncode in (1, 75), said
+    assert launching.returncode == 75, said
     assert len(list(tmp_path.glob("saved*"))) == 2
+    assert "They have saved" in said
     assert "--resume true" in said and "Traceback" not in said
     assert ranks_of(path) == []
+
+
+def test_a_rank_that_has_not_saved_is_no_run_to_resume(tmp_path):
+    """All processes get SIGTERM, and one rank fails as it saves: the status is 1, and the error is shown."""
+    path = script(
+        tmp_path, SAVES.replace("end_to_be_resumed()\n", "end_to_be_resumed() if rank == '0' else 1 / 0\n")
+    )
+    launching = typed(path, tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
+    for process in ranks_of(path):
+        process.send_signal(signal.SIGTERM)
+    _, said = launching.communicate(timeout=60)
+    assert launching.returncode == 1, said
+    assert "They have saved" not in said

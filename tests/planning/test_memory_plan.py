@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 
 from nbutils.common.paths import ROOT
 from nbutils.launching.out_of_memory import advice, settings_of
-from nbutils.lessons.scale_figures import plan_of
+from nbutils.lessons.scale_figures import choices_of, plan_of
 from nbutils.planning.memory_items import (
     GIB,
     pinned_bytes,
@@ -77,7 +78,9 @@ def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run):
     moments, phases = plan_of(run).moments, run["measured"]["phases"]
     wrapping = sum(moments["wrapping"].values())
     training = max(
-        sum(items.values()) for name, items in moments.items() if name not in ("wrapping", "evaluation")
+        sum(items.values())
+        for name, items in moments.items()
+        if name not in ("wrapping", "first layer of an evaluation")
     )
     assert wrapping == pytest.approx(phases["wrapped"][0], rel=0.01)
     assert training == pytest.approx(phases["trained"][0], rel=0.02)
@@ -336,3 +339,35 @@ def test_a_file_of_settings_may_stand_behind_an_equals_sign(tmp_path):
     (tmp_path / "train.yaml").write_text("max_length: 64\noutput_dir: runs/x\n")
     settings = settings_of([f"--config={tmp_path}/train.yaml", "--output_dir=y"])
     assert (settings["max_length"], settings["output_dir"]) == (64, "y")
+
+
+@pytest.mark.parametrize(("name", "batch"), [("as_they_come", 4), ("grouped", 16)])
+def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, tmp_path):
+    """The recorded chats on two GPUs: no batch is longer than their longest row, and `group_by_length` begins with it."""
+    rows = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["write_chats"](tmp_path / "chats.jsonl")
+    longest = max(len(json.loads(line)["text"].split()) for line in rows.read_text().splitlines())  # a letter, a token
+    run = json.loads((RESULTS / f"chats/chats_12_{name}.json").read_text())
+    shape = replace(SHAPES["llama31_70b"], layers=12)
+    planned = plan(shape, Setup(2, 2, True), batch, longest, choices=choices_of(run))
+    assert planned.gpu_peak_bytes == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.06)
+    assert run["predicted"]["gpu_peak_bytes"] > 1.8 * planned.gpu_peak_bytes, "every row taken for full"
+
+
+def test_accumulation_keeps_the_gradients_of_the_whole_adapter_on_each_gpu():
+    """0.39 GiB for 70B and rank 16, by hand: 207,093,760 parameters in two bytes."""
+    for setup in (Setup(2, 1, True), Setup(2, 2, True), Setup(8, 2, False)):
+        once, twice = (
+            plan(SHAPES["llama31_70b"], setup, 1, 1024, choices=Choices(accumulation=passes)) for passes in (1, 2)
+        )
+        share = 0 if setup.offload else 2 * 207_093_760 // setup.world_size
+        moment = "backward of a layer"
+        more = sum(twice.moments[moment].values()) - sum(once.moments[moment].values())
+        assert more == pytest.approx(2 * 207_093_760 - share, abs=100)
+        assert once.host_bytes == twice.host_bytes
+        assert sum(twice.moments["evaluation"].values()) == sum(once.moments["evaluation"].values())
+
+
+def test_more_rows_in_an_evaluation_than_in_training_are_advised_against():
+    settings = Choices(embeddings_on_host=True, compile_layers=True, eval_batch=8)
+    said = what_to_change(SHAPES["llama31_70b"], Setup(2, 2, True), 1, 2048, 16, int(6.4 * GIB), settings)
+    assert said[0].startswith("per_device_eval_batch_size: 1: 6.2 GiB, fits")

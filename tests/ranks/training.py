@@ -11,6 +11,8 @@ goes to `<folder>/<name>.json`: the exit status of each rank and its output. `ki
     {"rank": 0, "term_in_evaluation": 2}   SIGTERM in its 2nd batch of an evaluation
     {"rank": 1, "seconds": 3.1}        that long after its first training step began, wherever it is
 `refuse` is true where the run must be refused before a weight is read: reading one is then said and ends the rank.
+`gradients` is true where each rank shall write, before each training step, the bytes of gradients that FSDP holds, to
+`<folder>/<name>.gradients<rank>`, a line each.
 `path` is a folder that goes before all others on the import path, `variables` go into the environment.
 """
 
@@ -27,7 +29,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import trl  # noqa: F401 (imported once, for all ranks)
+from torch.distributed.fsdp import FSDPModule
 
 from nbutils.adapters import checkpoint_folder as checkpoints
 from nbutils.adapters import save as saving
@@ -99,6 +103,32 @@ def arm(kill: dict, number: int) -> None:
         checkpoints.save_file = torn
 
 
+def gradient_bytes(model) -> int:
+    """Of all gradients that wait on this rank between two passes of a step: whole ones or shards, of FSDP 1 or 2."""
+    found = [parameter.grad for parameter in model.parameters()]
+    for module in model.modules():
+        if handle := getattr(module, "_handle", None):  # FSDP 1
+            found += [handle.flat_param.grad, getattr(handle.flat_param, "_saved_grad_shard", None)]
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group else ():
+                whole = getattr(parameter, "_unsharded_param", None)
+                found += [parameter.unsharded_accumulated_grad, whole is not None and whole.grad]
+    found = [getattr(one, "_local_tensor", one) for one in found if isinstance(one, torch.Tensor)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}.values())
+
+
+def watch_gradients(file: Path) -> None:
+    plain = resuming.ResumableTrainer.training_step
+
+    def step(self, model, *args, **kwargs):
+        with file.open("a") as out:
+            out.write(f"{gradient_bytes(model)}\n")
+        return plain(self, model, *args, **kwargs)
+
+    resuming.ResumableTrainer.training_step = step
+
+
 def be_rank(number: int, run: dict, port: int, script: str, log: Path) -> None:
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
@@ -117,6 +147,8 @@ def be_rank(number: int, run: dict, port: int, script: str, log: Path) -> None:
     try:
         rehearsal.enable()
         arm(run.get("kill"), number)
+        if run.get("gradients"):
+            watch_gradients(log.with_name(f"{run['name']}.gradients{number}"))
         sys.path[:0] = filter(None, [run.get("path")])
         if run.get("refuse"):
             loading.load_nf4 = lambda model: os._exit(

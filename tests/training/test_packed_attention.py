@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from recording import record
 from torch import nn
 from training_runs import run, train
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -172,19 +173,30 @@ def test_under_fsdp_a_pack_has_loss_and_gradients_of_its_rows(sharded, version):
         assert seen["furthest"] < 1e-5  # of a gradient's norm
 
 
-WAYS = {  # fourteen rows, or four packs, a step: ranks, rows or packs a rank, steps that are one, packed
-    "two ranks": (2, 7, 1, False),
-    "accumulated": (2, 1, 7, False),
-    "packed": (2, 2, 1, True),
-    "one rank": (1, 14, 1, False),
-    "one rank, packed": (1, 4, 1, True),
-    "one rank, packed, accumulated": (1, 2, 2, True),
+PACKED, GROUPED = {"packing": "true"}, {"train_sampling_strategy": "group_by_length"}
+WAYS = {  # fourteen rows, or four packs, a step: ranks, rows or packs a rank, passes of a step, FSDP, more
+    "two ranks": (2, 7, 1, 2, {}),
+    "two ranks, FSDP 1": (2, 7, 1, 1, {}),
+    "accumulated": (2, 1, 7, 2, {}),
+    "grouped by length": (2, 7, 1, 2, GROUPED),
+    "grouped, accumulated": (2, 1, 7, 1, GROUPED),
+    "packed": (2, 2, 1, 2, PACKED),
+    "packed, FSDP 1": (2, 2, 1, 1, PACKED),
+    "one rank": (1, 14, 1, 2, {}),
+    "one rank, grouped": (1, 7, 2, 2, GROUPED),
+    "one rank, packed": (1, 4, 1, 2, PACKED),
+    "one rank, packed, accumulated": (1, 2, 2, 2, PACKED),
 }
+COMMAND = "python -m pytest tests/training/test_packed_attention.py -k mean_over_tokens"
+
+
+def folder_of(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_")
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    """The real script: the loss of each of three steps, and the held-out loss before them, in each way."""
+    """The real script: the loss of each of three steps, and the held-out loss before and after them, in each way."""
     folder = tmp_path_factory.mktemp("losses")
     rows = (ROOT / "data/instructions/train.jsonl").read_text().splitlines(keepends=True)
     (folder / "fourteen.jsonl").write_text("".join(rows[:14]))
@@ -199,26 +211,38 @@ def losses(tmp_path_factory):
     more = same | {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no", "warmup_steps": 0}
     plan = [
         run(
-            folder, name, name.replace(", ", "_").replace(" ", "_"), fsdp=2, world=world, **more,
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, packing=str(packed).lower(),
+            folder, name, folder_of(name), fsdp=fsdp, world=world, **more, **way,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
         )
-        for name, (world, batch, accumulated, packed) in WAYS.items()
+        for name, (world, batch, accumulated, fsdp, way) in WAYS.items()
     ]  # fmt: skip
     seen = train(folder, plan)
     for name in WAYS:
         assert set(seen[name]["status"]) == {0}, seen[name]["output"]
-    return {name: read_progress(folder / name.replace(", ", "_").replace(" ", "_")) for name in WAYS}
+    lines = {name: read_progress(folder / folder_of(name)) for name in WAYS}
+    found = {
+        name: {kind: [line[kind] for line in lines[name] if kind in line] for kind in ("loss", "eval_loss")}
+        for name in WAYS
+    }
+    record(
+        "Losses of the same rows and model in each way of taking rows", f"RECORD=FILE {COMMAND}", ways=found
+    )
+    return found
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("name", WAYS)
 def test_the_loss_is_a_mean_over_tokens_packed_or_not_accumulated_or_not_on_one_rank_or_two(losses, name):
     """A mean over rows, packs or ranks would be another number: the rows' answers are of all lengths."""
-    trained = [line["loss"] for line in losses[name] if "loss" in line]
-    expected = [line["loss"] for line in losses["two ranks"] if "loss" in line]
+    trained, expected = losses[name]["loss"], losses["two ranks"]["loss"]
     assert len(trained) == 3 and trained[0] != trained[-1]
     assert trained == pytest.approx(expected, abs=0.003)  # bf16
-    before = [
-        next(line["eval_loss"] for line in losses[way] if "eval_loss" in line) for way in (name, "two ranks")
-    ]
-    assert before[0] == pytest.approx(before[1], abs=0.003)  # each held-out row once
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", WAYS)
+def test_the_held_out_loss_means_the_same_in_every_way(losses, name):
+    """Each held-out row counts once, each of its learned tokens as any other: before the first step and after."""
+    held_out, expected = losses[name]["eval_loss"], losses["two ranks"]["eval_loss"]
+    assert len(held_out) == 2 and held_out[1] < held_out[0] - 0.02
+    assert held_out == pytest.approx(expected, abs=0.003)
