@@ -70,7 +70,7 @@ site: $(STAMP)
 
 # Links within the repository are tests; whether another host still has a page is not ours to gate commits on.
 links: $(STAMP)
-	$(BIN)/python -m sphinx -b linkcheck -c docs -d runs/links/doctrees -q . runs/links
+	$(BIN)/python -m sphinx -b linkcheck -c docs -d runs/links/doctrees -q . runs/links/report
 
 workshop: $(STAMP)
 	$(BIN)/python -m nbutils workshop

@@ -22,7 +22,7 @@ def checked(root, out, pages=PAGES) -> subprocess.CompletedProcess:
 
 
 def test_every_link_leads_to_a_file_and_a_place(tmp_path):
-    done = checked(ROOT, tmp_path)
+    done = checked(ROOT, tmp_path / "out")
     assert done.returncode == 0, done.stderr
 
 
