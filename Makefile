@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: tutorial real test test-ci lint notebooks site workshop matrix newest lab clean help
+.PHONY: tutorial real test test-ci lint notebooks site links workshop matrix newest lab clean help
 
 help:
 	@echo "make tutorial   run the course on this machine with the tiny model; the result lands in runs/latest"
@@ -15,7 +15,8 @@ help:
 	@echo "make matrix     the long test matrices (by hand; minutes to hours)"
 	@echo "make lint       ruff over package, tests, notebooks and the extracted script; who may import whom; spelling"
 	@echo "make notebooks  execute the notebooks again and refresh their committed outputs"
-	@echo "make site       the whole series as HTML in site/, to be read without a network"
+	@echo "make site       the whole series as a site in site/: search, dark theme, no network"
+	@echo "make links      ask every address outside that a text or a notebook names (by hand; wants a network)"
 	@echo "make workshop   student edition, solutions and an archive to hand out, in workshop/"
 	@echo "make newest     try the newest releases in an environment of their own (by hand; an hour); the report in runs/newest"
 	@echo "make clean      remove what runs leave behind (keeps .venv)"
@@ -66,6 +67,10 @@ notebooks: $(STAMP)
 
 site: $(STAMP)
 	$(BIN)/python -m nbutils site
+
+# Links within the repository are tests; whether another host still has a page is not ours to gate commits on.
+links: $(STAMP)
+	$(BIN)/python -m sphinx -b linkcheck -c docs -d runs/links/doctrees -q . runs/links/report
 
 workshop: $(STAMP)
 	$(BIN)/python -m nbutils workshop

@@ -138,9 +138,10 @@ def what_to_change(
     said = [sentence(name, change(run)) for name, change in changes.items()]
     if len(changes) > 1:
         said.append(sentence("all of these", together))
-    if setup.fsdp_version:
-        more = replace(setup, world_size=2 * setup.world_size)
-        said.append(sentence("twice as many GPUs", replace(run, setup=more)))
+    for version in range(setup.fsdp_version, 3) if setup.fsdp_version else ():
+        more = replace(setup, world_size=2 * setup.world_size, fsdp_version=version)
+        if version == 1 or not more.offload or choices.embeddings_on_host:  # what FSDP 2 does not refuse
+            said.append(sentence(f"twice as many GPUs, FSDP {version}", replace(run, setup=more)))
     return said
 
 

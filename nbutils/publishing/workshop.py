@@ -22,7 +22,15 @@ NOTES = ROOT / "docs" / "teachers_notes.md"
 NAME = "fsdp-qlora-workshop"
 # What a participant needs beside the notebooks. The tests and the teacher's notes stay here.
 HANDED_OUT = [
-    *("Makefile", "pyproject.toml", "requirements.lock", "environment.yml", "README.md", "LICENSE"),
+    *(
+        "Makefile",
+        "pyproject.toml",
+        "requirements.lock",
+        "environment.yml",
+        "README.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+    ),
     *(
         "nbutils",
         "configs",
@@ -34,6 +42,7 @@ HANDED_OUT = [
         "docs/speed_log.md",
         "docs/evidence.md",
         "docs/what_70b_takes.png",
+        *("docs/conf.py", "docs/site.css"),
     ),
 ]
 START = """\

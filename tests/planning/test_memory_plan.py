@@ -173,7 +173,10 @@ def test_what_it_says_to_change_can_be_done(version):
     said = what_to_change(shape, run.setup, run.batch, run.length, 16, budget, run.choices)
     alone = [line for line in said if not line.startswith(("all of these", "twice"))]
     assert len(alone) == len(_changes(run)) and not any(line.endswith("fits") for line in alone)
-    assert "all of these" in said[-2] and said[-2].endswith("fits")
+    (together,) = [line for line in said if line.startswith("all of these")]
+    assert together.endswith("fits")
+    more = [line.split(":")[0] for line in said if line.startswith("twice")]
+    assert more == [f"twice as many GPUs, FSDP {newer}" for newer in (1, 2) if newer >= version]
 
 
 @pytest.mark.parametrize("name", ["llama32_1b", "llama31_8b", "llama31_70b"])

@@ -1,4 +1,4 @@
-"""The site: whole, readable without a network, by keyboard and by ear. With a browser if there is one, and without."""
+"""The site: whole, searchable and readable without a network, in both themes, by keyboard and by ear."""
 
 import re
 from itertools import pairwise
@@ -11,137 +11,185 @@ import psutil
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from pygments.styles import get_style_by_name
 
 from nbutils.common.paths import ROOT
 from nbutils.publishing import site
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return site.build(tmp_path_factory.mktemp("site"))
+    return site.build(tmp_path_factory.mktemp("site") / "out")
 
 
 @pytest.fixture(scope="module")
 def soups(built):
-    return {path.name: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in built}
+    return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in built}
+
+
+def leads_to(page: Path, address: str) -> tuple[Path, str]:
+    """The file that a relative address on a page names, and the place in it."""
+    parts = urlparse(address)
+    return (page.parent / unquote(parts.path)).resolve() if parts.path else page, unquote(parts.fragment)
 
 
 # ---- without a browser ----------------------------------------------------------------------------------------------
 
 
-def test_there_is_a_page_for_each_notebook_and_they_are_linked_in_order(soups):
-    names = ["index.html", *(f"{path.stem}.html" for path in NOTEBOOKS), "workshop.html"]
-    assert list(soups) == names
-    for name, after in pairwise(names):
-        assert {link["href"] for link in soups[name].select("a[rel=next]")} == {after}
-    for name, before in zip(names[2:], names[1:]):
-        assert {link["href"] for link in soups[name].select("a[rel=prev]")} == {before}
-    listed = [link["href"] for link in soups["index.html"].select("main table a")]
-    assert listed == names[1:-1]
+def test_there_is_a_page_for_each_notebook_and_document_in_order(built):
+    top = built[0].parent
+    names = ["README", *(f"notebooks/{path.stem}" for path in NOTEBOOKS)]
+    names += [f"docs/{path.stem}" for path in DOCS if path.stem != "teachers_notes"] + ["CONTRIBUTING"]
+    assert [str(path.relative_to(top)) for path in built] == [f"{name}.html" for name in names]
+    assert (top / "index.html").read_bytes() == built[0].read_bytes()
 
 
-def test_every_cell_is_on_its_page(soups):
-    for path in NOTEBOOKS:
-        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.source.strip()]
-        shown = soups[f"{path.stem}.html"].select("main div.cell")
-        assert [cell["id"] for cell in shown] == [f"cell-id-{cell.id}" for cell in cells]
+def test_the_contents_at_the_side_have_the_titles_of_the_notebooks(soups):
+    titles = {page.stem: soup.find("h1").get_text().rstrip("¶#") for page, soup in soups.items()}
+    for page, soup in soups.items():
+        listed = {leads_to(page, a["href"])[0].stem: a.get_text() for a in soup.select(".sidebar-tree a")}
+        listed[page.stem] = titles[page.stem]  # a page links to itself as "#"
+        assert {name: listed.get(name) for name in titles if name != "README"} == {
+            name: title for name, title in titles.items() if name != "README"
+        }, page
+
+
+def test_every_cell_is_on_its_page_with_its_outputs(soups):
+    for path, (page, soup) in zip(NOTEBOOKS, list(soups.items())[1:]):
+        assert page.stem == path.stem
+        cells = [c for c in nbformat.read(path, as_version=4).cells if c.source.strip()]
+        code = [c for c in cells if c.cell_type == "code"]
+        shown = [tag.get_text().strip("\n") for tag in soup.select("div.cell_input pre")]
+        assert shown == [c.source.strip("\n") for c in code], path.name
+        assert len(soup.select("div.cell_output")) == sum(bool(c.outputs) for c in code), path.name
+        text = soup.find("article").get_text()
+        for cell in code:
+            for output in cell.outputs:
+                assert output.output_type != "stream" or output.text.strip() in text, cell.id
+        html = "".join(o.get("data", {}).get("text/html", "") for c in code for o in c.outputs)
+        sources = {tag["src"] for tag in soup.select("div.cell_output img")}
+        assert sources >= {tag["src"] for tag in BeautifulSoup(html, "html.parser").select("img")}, path.name
 
 
 def test_every_link_leads_to_a_page_and_a_place_on_it(soups):
-    for name, soup in soups.items():
+    for page, soup in soups.items():
         for link in soup.select("a[href], link[href]"):
-            target, anchor = urldefrag(link["href"])
-            if re.match(r"https?://", target) or target.startswith("data:"):
-                continue  # a reader's own click
-            page = soups.get(target or name)
-            assert page is not None or target == "style.css", f"{name}: {link['href']}"
-            assert not anchor or page.find(id=anchor), f"{name}: {link['href']}"
+            if urlparse(link["href"]).scheme in ("http", "https"):
+                continue  # a reader's own click; `make links` asks them
+            target, place = leads_to(page, link["href"])
+            assert target.is_file(), f"{page.name}: {link['href']}"
+            assert not place or target not in soups or soups[target].find(id=place), (
+                f"{page.name}: {link['href']}"
+            )
 
 
 def test_nothing_is_fetched_from_elsewhere(soups, built):
-    for name, soup in soups.items():
-        assert not soup.select("script, iframe, object, embed"), name
-        for tag in soup.select("[src]"):
-            assert tag["src"].startswith("data:image/"), f"{name}: {tag['src'][:80]}"
-    style = (built[0].parent / "style.css").read_text()
-    assert "url(" not in style and "@import" not in style
+    for page, soup in soups.items():
+        assert not soup.select("iframe, object, embed"), page
+        fetched = [tag["src"] for tag in soup.select("[src]")]
+        fetched += [tag["href"] for tag in soup.select("link[href]")]
+        for address in fetched:
+            assert urlparse(address).scheme in ("", "data"), f"{page.name}: {address[:80]}"
+    for style in built[0].parent.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text()), style
 
 
 def test_pages_can_be_read_by_ear_and_by_keyboard(soups):
-    for name, soup in soups.items():
+    for page, soup in soups.items():
         assert soup.html["lang"] == "en" and soup.title.get_text()
         ids = [tag["id"] for tag in soup.select("[id]")]
-        assert len(ids) == len(set(ids)), name
-        skip = soup.body.find("a")
-        assert skip["href"] == "#content" and soup.find(id="content").name == "main"
+        assert len(ids) == len(set(ids)), page
         levels = [int(heading.name[1]) for heading in soup.select("h1, h2, h3, h4, h5, h6")]
-        assert levels[0] == 1 and levels.count(1) == 1, name
-        assert all(after - before <= 1 for before, after in pairwise(levels)), f"{name}: {levels}"
-        assert all(len(image.get("alt", "")) > 40 for image in soup.select("img")), name
-        assert all(table.select("th") for table in soup.select("table")), name
-        labels = [nav["aria-label"] for nav in soup.select("nav")]
-        assert len(labels) == len(set(labels))
-
-
-def test_two_builds_are_equal(built, tmp_path):
-    for path in site.build(tmp_path):
-        assert path.read_bytes() == (built[0].parent / path.name).read_bytes()
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance (WCAG 2.2)."""
-    parts = [int(colour.lstrip("#")[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(a: str, b: str) -> float:
-    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def test_text_stands_out_from_its_background():
-    colours = dict(re.findall(r"--(\w+): (#\w{6});", site.STYLE))
-    words = {"ink": colours["ink"], "link": colours["link"]}
-    words |= {
-        str(token): f"#{how['color']}" for token, how in get_style_by_name(site.HIGHLIGHTING) if how["color"]
-    }
-    assert len(words) > 10
-    for name, colour in words.items():
-        for ground in (colours["paper"], colours["soft"]):
-            assert contrast(colour, ground) >= 4.5, f"{name} {colour} on {ground}"
+        assert levels[0] == 1 and levels.count(1) == 1, page
+        assert all(after - before <= 1 for before, after in pairwise(levels)), f"{page}: {levels}"
+        assert all(len(image.get("alt", "")) > 40 for image in soup.select("img")), page
+        assert all(table.select("th") for table in soup.select("table")), page
 
 
 BROKEN = {
-    "a link to no notebook": (new_markdown_cell("# T\n\n[next](08_none.ipynb)"), "links to 08_none.ipynb"),
+    "a link to no notebook": (
+        new_markdown_cell("[next](08_none.ipynb)"),
+        "notebooks/00_first.ipynb, cell 2: WARNING: 'myst' cross-reference target not found: '08_none.ipynb'",
+    ),
     "an image without alt text": (
         new_code_cell(
             "1", execution_count=1, outputs=[new_output("display_data", {"text/html": '<img src="data:,">'})]
         ),
-        "without alt text",
+        "notebooks/00_first.html has an image without alt text",
     ),
 }
 
 
 @pytest.mark.parametrize("cell, sentence", BROKEN.values(), ids=BROKEN.keys())
 def test_a_page_with_something_missing_is_refused(tmp_path, cell, sentence):
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# T"), cell]), tmp_path / "00_first.ipynb")
-    with pytest.raises(site.BrokenPage, match=sentence):
+    for name in ("notebooks", "docs"):
+        (tmp_path / name).mkdir()
+    for name in ("README.md", "CONTRIBUTING.md", "docs/d.md"):
+        (tmp_path / name).write_text(f"# {name}\n")
+    book = new_notebook(
+        cells=[new_markdown_cell("# T"), cell], metadata={"language_info": {"name": "python"}}
+    )
+    nbformat.write(book, tmp_path / "notebooks/00_first.ipynb")
+    with pytest.raises(site.BrokenPage, match=re.escape(sentence)):
         site.build(tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_site_is_replaced(built, tmp_path):
+    (tmp_path / "thesis.md").touch()
+    with pytest.raises(FileExistsError, match="is no earlier site, and is left as it is"):
+        site.build(tmp_path)
+    assert (tmp_path / "thesis.md").exists()
 
 
 # ---- with a browser -------------------------------------------------------------------------------------------------
 
 LOOK = """({
-  address: location.href,
+  address: location.href.split('#')[0],
   links: [...document.links].map(link => link.href),
   ids: [...document.querySelectorAll('[id]')].map(tag => tag.id),
   blank: [...document.images].filter(image => !image.naturalWidth || !image.alt).map(image => image.src.slice(0, 60)),
   sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth,
 })"""
+
+# Words whose colour does not stand out from what lies behind them: contrast below 4.5, or 3 for large ones (WCAG 2.2).
+FAINT = """(() => {
+  const parts = colour => {
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const seen = new Map();
+  const known = colour => { if (!seen.has(colour)) seen.set(colour, parts(colour)); return seen.get(colour); };
+  const light = rgb => rgb.slice(0, 3).map(c => c / 255)
+    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = tag => {
+    for (; tag; tag = tag.parentElement) {
+      const colour = known(getComputedStyle(tag).backgroundColor);
+      if (colour[3] > 250) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
+  const found = {};
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let words = 0;
+  while (walk.nextNode()) {
+    const tag = walk.currentNode.parentElement, how = getComputedStyle(tag);
+    if (!walk.currentNode.data.trim() || !tag.checkVisibility({visibilityProperty: true})) continue;
+    if (['SCRIPT', 'STYLE', 'NOSCRIPT'].includes(tag.tagName)) continue;
+    words += 1;
+    const size = parseFloat(how.fontSize), large = size >= 24 || (size >= 18.66 && how.fontWeight >= 700);
+    const [a, b] = [light(known(how.color)), light(ground(tag))].sort((x, y) => y - x);
+    const contrast = (a + 0.05) / (b + 0.05);
+    if (contrast < (large ? 3 : 4.5))
+      found[`${how.color} on ${ground(tag)}: ${contrast.toFixed(2)}`] = walk.currentNode.data.trim().slice(0, 40);
+  }
+  return {words, found};
+})()"""
+THEMES = ("light", "dark")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +201,15 @@ def page(tmp_path_factory):
         yield opened
     left = [p for p in psutil.process_iter(["cmdline"]) if str(profile) in " ".join(p.info["cmdline"] or [])]
     assert psutil.wait_procs(left, timeout=10)[1] == [], "a browser is left"
+
+
+@pytest.fixture(params=THEMES)
+def theme(page, request):
+    page.call(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": request.param}]
+    )
+    yield request.param
+    page.call("Emulation.setEmulatedMedia", features=[])
 
 
 def problems(page, seen: dict, known: dict[str, set[str]]) -> list[str]:
@@ -171,37 +228,65 @@ def problems(page, seen: dict, known: dict[str, set[str]]) -> list[str]:
             continue
         if not Path(unquote(urlparse(target).path)).is_file():
             found.append(f"no page: {target}")
-        elif anchor and anchor not in known[target]:
+        elif anchor and target in known and unquote(anchor) not in known[target]:
             found.append(f"no place: {link}")
     return found
 
 
-def test_a_browser_walks_through_the_site_without_a_complaint(page, built):
+def test_a_browser_walks_through_the_site_without_a_complaint(page, built, theme):
     page.open(built[0].as_uri())
-    seen = {}
+    seen, grounds, further = {}, set(), "document.querySelector('.related-pages a.next-page')"
     while True:
-        look = page.show(LOOK)
+        look, faint = page.show(LOOK), page.show(FAINT)
         assert look["sideways"] <= 0, f"{look['address']} is wider than the window"
+        assert faint["words"] > 100 and faint["found"] == {}, look["address"]
+        grounds.add(page.show("getComputedStyle(document.body).backgroundColor"))
         seen[look["address"]] = (look, page.complaints, page.requests)
-        if not page.show("!!document.querySelector('a[rel=next]')"):
+        if not page.show(f"!!{further}"):
             break
-        page.follow(lambda: page.show("document.querySelector('a[rel=next]').click()"))
+        page.follow(lambda: page.show(f"{further}.click()"))
     assert list(seen) == [path.as_uri() for path in built]
+    (ground,) = grounds
+    assert (ground == "rgb(255, 255, 255)") == (theme == "light"), ground
     known = {address: set(look["ids"]) for address, (look, *_) in seen.items()}
     for look, complaints, requests in seen.values():
         page.complaints, page.requests = complaints, requests
         assert problems(page, look, known) == []
 
 
+def test_words_are_found_by_the_search_without_a_server(page, built):
+    page.open(f"{(built[0].parent / 'search.html').as_uri()}?q=corrupt")
+    found = page.show("""new Promise((done, fail) => {
+      const look = () => {
+        const links = [...document.querySelectorAll('#search-results li a')].map(link => link.href);
+        links.length ? done(links) : setTimeout(look, 50);
+      };
+      look(); setTimeout(() => done([]), 10000);
+    })""")
+    assert page.complaints == [] and found, page.complaints
+    wanted = [path for path in NOTEBOOKS if "corrupt" in path.read_text(encoding="utf-8")]
+    assert wanted and {path.stem for path in wanted} <= {Path(urlparse(a).path).stem for a in found}
+
+
+def test_code_has_a_button_that_copies_it(page, built):
+    page.open(built[1].as_uri())
+    inputs, buttons, others = page.show("""[
+      document.querySelectorAll('div.cell_input pre').length,
+      document.querySelectorAll('div.cell_input button.copybtn').length,
+      document.querySelectorAll('div.cell_output button.copybtn').length]""")
+    assert inputs == buttons > 10 and others == 0
+
+
 def test_the_first_key_skips_to_the_content(page, built):
     page.open(built[1].as_uri())
     page.press("Tab", 9)
-    assert page.show("document.activeElement.className") == "skip"
+    assert page.show("document.activeElement.textContent") == "Skip to content"
     assert page.show("document.activeElement.getBoundingClientRect().left >= 0"), (
         "focused, and not to be seen"
     )
     page.press("Enter", 13)
-    assert page.show("[location.hash, document.activeElement.id]") == ["#content", "content"]
+    target = page.show("document.querySelector(location.hash)?.contains(document.querySelector('h1'))")
+    assert target is True
 
 
 def test_the_pages_fit_a_phone(page, built):
@@ -219,7 +304,8 @@ def test_the_browser_notices_what_is_broken(page, tmp_path):
     path = tmp_path / "broken.html"
     path.write_text(
         "<!DOCTYPE html><title>t</title><img alt='gone' src='gone.png'><img alt='far' src='http://127.0.0.1:9/far.png'>"
-        "<a href='#nowhere'>a</a><a href='other.html'>b</a><script>console.error('oh'); undefined_name</script>"
+        "<a href='#nowhere'>a</a><a href='other.html'>b</a><p style='color: #999'>faint</p>"
+        "<script>console.error('oh'); undefined_name</script>"
     )
     page.open(path.as_uri())
     found = "\n".join(problems(page, page.show(LOOK), {path.as_uri(): set()}))
@@ -232,3 +318,4 @@ def test_the_browser_notices_what_is_broken(page, tmp_path):
         assert part in found
     for part in ("exception: Uncaught", "#nowhere", "no page: "):
         assert part in found
+    assert list(page.show(FAINT)["found"].values()) == ["faint"]

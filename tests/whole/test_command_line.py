@@ -147,7 +147,7 @@ BAD = {
         "script {in}/file",
         "/file cannot be read or written: File exists.",
     ),
-    "site: a file in the way": ("site --out {in}/file", "/file cannot be read or written: File exists."),
+    "site: a file in the way": ("site --out {in}/file", "/file is no earlier site, and is left as it is."),
     "workshop: a file in the way": (
         "workshop --out {in}/file",
         "/file/student cannot be read or written: Not a directory.",
@@ -244,10 +244,10 @@ def test_what_was_typed_before_is_still_understood():
     assert options.arguments == ["--config", "train.yaml"]
 
 
-def test_a_page_that_would_be_broken_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(site, "_notebook_body", lambda path: '<h1>A</h1><a href="99_nothing.ipynb">next</a>')
+def test_a_site_that_cannot_be_made_is_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(site, "CONFIG", tmp_path)
     assert main(["site", "--out", str(tmp_path / "site")]) == 1
-    assert " links to 99_nothing.ipynb, and there is no such notebook." in capsys.readouterr().err
+    assert "Sphinx cannot make the site:\n" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
