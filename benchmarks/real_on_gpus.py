@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="left out: as git says")
     parser.add_argument("--out", type=Path, default=RESULTS / "smollm2_on_gpus.json")
     parser.add_argument("--wheel", type=Path, help="the model's package, where there is no network")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
         "--rows", type=int, default=4, help="a rank and step; the one GPU takes twice as many"
     )
