@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
@@ -29,6 +30,10 @@ CELLS = {  # name of a notebook: source and committed output of its cells
     "14_broken": [("import no_such_module", ""), ("print('to the end')", "changed\n")],
     "15_waits_for_04": [(f"raise FileNotFoundError('x: {newest_items.NO_RUN}')", "")],
 }
+SLEEPS = """run_dir: str = ''  # folder
+import os, pathlib, time
+pathlib.Path('{}/pid').write_text(str(os.getpid()))
+time.sleep(60)"""
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +92,88 @@ def test_a_patch_is_asked_for_its_target_and_its_need(here, body, state):
 
 def test_the_culprit_is_the_package_that_heals_when_it_is_put_back(here, tmp_path):
     """Both packages are new, and the fault is in one: what is put in front of it decides."""
-    for package, answer in {"torch": 1, "transformers": 0}.items():
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "probe.py").write_text(f"faulty = {answer}\n")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/probe.py").write_text("faulty = 1\n")
-    environment = Environment(here.python, here.tree, (tmp_path / "new",))
+    for place, answer in {"torch": 1, "transformers": 0, "new": 1, "tested": 0}.items():
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "probe.py").write_text(f"faulty = {answer}\n")
+    new, tested = (Environment(here.python, here.tree, (tmp_path / name,)) for name in ("new", "tested"))
 
     def look(where: Environment) -> Item:
         done = where.run("-c", "import probe, sys; sys.exit(probe.faulty)", timeout=60)
         return Item("probe", BROKEN if done.returncode else SAME)
 
-    packages = ["torch", "transformers"]
-    assert newest.find_culprit(look(environment), look, environment, packages, tmp_path) == "transformers"
-    assert (
-        newest.find_culprit(look(environment), look, environment, ["torch"], tmp_path) == "no single package"
+    def culprit(places: list[Environment], packages: list[str]) -> str:
+        return newest.find_culprit(look(new), look, places, packages, tmp_path)
+
+    assert culprit([tested, new], ["torch", "transformers"]) == "transformers"
+    assert culprit([tested, new], ["torch"]) == newest.NO_SINGLE
+    assert culprit([new, new], ["torch", "transformers"]) == newest.NO_PACKAGE
+
+
+def test_a_package_that_is_put_back_reaches_the_cells_of_a_notebook(here, tmp_path):
+    (tmp_path / "only_in_front.py").write_text("")
+    code = new_code_cell("import only_in_front\nprint('reached')", execution_count=2)
+    code.outputs = [new_output("stream", name="stdout", text="reached\n")]
+    parameters = new_code_cell(
+        "run_dir: str = ''  # folder", metadata={"tags": ["parameters"]}, execution_count=1
     )
+    nbformat.write(
+        new_notebook(cells=[parameters, code], metadata=NOTEBOOK_METADATA),
+        here.tree / "notebooks/16_in_front.ipynb",
+    )
+    assert newest_items.lesson("16_in_front.ipynb", here).state == BROKEN
+    in_front = Environment(here.python, here.tree, (tmp_path,))
+    assert newest_items.lesson("16_in_front.ipynb", in_front).state == SAME
+
+
+def test_what_runs_out_of_time_is_not_broken_and_leaves_no_process(here, monkeypatch, tmp_path):
+    """A kernel that sleeps, ended by our clock; a cell that nbclient's clock ended; ranks that ran out of time."""
+    cells = [
+        new_code_cell(source, execution_count=n)
+        for n, source in enumerate(SLEEPS.format(tmp_path).split("\n", 1), 1)
+    ]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(
+        new_notebook(cells=cells, metadata=NOTEBOOK_METADATA), here.tree / "notebooks/17_sleeps.ipynb"
+    )
+    monkeypatch.setattr(newest_items, "LESSON_TIMEOUT", 8)
+    item = newest_items.lesson("17_sleeps.ipynb", here)
+    assert item.state == NOT_REACHED and item.details[0] == "It took more than 8 s and was ended."
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    stopped = {"cell": 3, "name": "LaunchStopped", "said": "Its time is over."}
+    assert (
+        newest_items.judge_lesson("x", {"errors": [stopped], "differences": [], "not_reached": 0}).state
+        == NOT_REACHED
+    )
+
+
+@pytest.mark.parametrize(("second_time", "state"), [("passes", SAME), ("fails", BROKEN)])
+def test_a_test_that_passes_alone_is_no_fault(here, tmp_path, second_time, state):
+    """And if it fails again, only it is looked at for the culprit."""
+    tree = tmp_path / "tree"
+    (tree / "tests").mkdir(parents=True)
+    counts = f"open({str(tmp_path / 'runs')!r}, 'a').write(__file__)"
+    once = f"import os\ndef test_it():\n    seen = os.path.exists({str(tmp_path / 'seen')!r})\n    {counts}\n"
+    once += f"    open({str(tmp_path / 'seen')!r}, 'w').close()\n    assert seen and {second_time == 'passes'}, 'why'\n"
+    (tree / "tests/test_once.py").write_text(once)
+    (tree / "tests/test_fine.py").write_text(f"def test_fine():\n    {counts}\n")
+    where = Environment(here.python, tree)
+    item = newest_items.tests(where)
+    assert item.state == state and "tests/test_once.py::test_it" in item.details[1], item.details
+    ran = (tmp_path / "runs").read_text()
+    assert (ran.count("test_fine"), ran.count("test_once")) == (1, 2)
+    if item.again:
+        assert item.again(where).state == BROKEN
+    assert (item.again is None) == (state == SAME) and (tmp_path / "runs").read_text().count("test_fine") == 1
+
+
+def test_items_are_chosen_by_part_or_by_a_piece_of_their_name():
+    names = ["patch a", "lesson 03_x", "lesson 03b_y", "tests", "training FSDP 1", "training FSDP 2"]
+    assert newest.chosen(names, ["patches", "FSDP 2"]) == ["patch a", "training FSDP 2"]
+    assert newest.chosen(names, ["03_", "tests"]) == ["lesson 03_x", "tests"]
+    with pytest.raises(ValueError, match="nothing is called 04; wanted some of patches"):
+        newest.chosen(names, ["04", "tests"])
+    everything = list(newest.looks(Environment(Path(sys.executable), Path())))
+    assert newest.chosen(everything, list(newest.PARTS)) == everything
 
 
 def test_training_is_the_same_only_with_the_same_adapter():
@@ -127,6 +198,7 @@ def test_the_report_says_the_same_to_people_and_programs(tmp_path):
     about = {
         "provenance": {"date": "2026-01-01", "commit": "abc", "machine": {"cpu": "a CPU", "cpus": 2}},
         "changed": {"peft": ("0.21", "99.0")},
+        "torch_build": "2.15.0+cpu",
         "pip_check": ["x needs y"],
     }
     items = [Item("lesson 10", SAME), Item("lesson 11", DRIFTED, ["said a | b, now says c"], "peft")]
@@ -137,3 +209,6 @@ def test_the_report_says_the_same_to_people_and_programs(tmp_path):
     assert [row["state"] for row in report["items"]] == [SAME, DRIFTED]
     assert newest_report.fingerprint(report) == [["lesson 10", SAME, ""], ["lesson 11", DRIFTED, "peft"]]
     assert not list(tmp_path.glob(".report*"))
+    assert list(newest_report.earlier(tmp_path, about)) == ["lesson 10", "lesson 11"]
+    assert newest_report.earlier(tmp_path, about)["lesson 11"] == items[1]
+    assert not newest_report.earlier(tmp_path, about | {"changed": {"peft": ("0.21", "99.1")}})
