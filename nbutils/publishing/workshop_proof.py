@@ -62,6 +62,7 @@ def run_through(path: Path, tree: Path, values: dict = SHORT) -> nbformat.Notebo
     given = {name: value for name, value in values.items() if name in read_contract(path)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), given)
     options = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": True}
+    options["coalesce_streams"] = True  # as the runner does, whose outputs are the committed ones
     options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # its warnings concern servers
     client = NotebookClient(notebook, resources={"metadata": {"path": str(tree)}}, **options)
     # What stood in front stays: `make newest` puts packages back that way.

@@ -28,6 +28,7 @@ CELLS = {  # name of a notebook: source and committed output of its cells
     "12_nothing_raised": [(NOTHING_RAISED, ""), ("print('to the end')", "to the end\n")],
     "13_other_words": [(OTHER_WORDS, "")],
     "14_broken": [("import no_such_module", ""), ("print('to the end')", "changed\n")],
+    "16_prints_around_a_figure": [("print('a')\ndisplay(1)\nprint('b')", "a\nb\n")],
     "15_waits_for_04": [(f"raise FileNotFoundError('x: {newest_items.NO_RUN}')", "")],
 }
 SLEEPS = """run_dir: str = ''  # folder
@@ -46,6 +47,8 @@ def here(tmp_path_factory) -> Environment:
         code = [new_code_cell(source, execution_count=1) for source, _ in cells]
         for cell, (_, said) in zip(code, cells):
             cell.outputs = [new_output("stream", name="stdout", text=said)] if said else []
+            if "display(1)" in cell.source:  # the runner puts what a cell prints together, before its figures
+                cell.outputs.append(new_output("display_data", data={"text/plain": "1"}))
         parameters = new_code_cell("run_dir: str = ''  # folder", metadata={"tags": ["parameters"]})
         parameters.execution_count = 1
         notebook = new_notebook(cells=[parameters, *code], metadata=NOTEBOOK_METADATA)
@@ -62,6 +65,7 @@ def here(tmp_path_factory) -> Environment:
         ("13_other_words", OBSOLETE, ["with other words"]),
         ("14_broken", BROKEN, ["cell 2: ModuleNotFoundError", "said 'changed', now says 'to the end'"]),
         ("15_waits_for_04", NOT_REACHED, ["cell 2: FileNotFoundError"]),
+        ("16_prints_around_a_figure", SAME, []),
     ],
 )
 def test_each_state_of_a_lesson_is_told_apart(here, name, state, words):
@@ -118,11 +122,11 @@ def test_a_package_that_is_put_back_reaches_the_cells_of_a_notebook(here, tmp_pa
     )
     nbformat.write(
         new_notebook(cells=[parameters, code], metadata=NOTEBOOK_METADATA),
-        here.tree / "notebooks/16_in_front.ipynb",
+        here.tree / "notebooks/17_in_front.ipynb",
     )
-    assert newest_items.lesson("16_in_front.ipynb", here).state == BROKEN
+    assert newest_items.lesson("17_in_front.ipynb", here).state == BROKEN
     in_front = Environment(here.python, here.tree, (tmp_path,))
-    assert newest_items.lesson("16_in_front.ipynb", in_front).state == SAME
+    assert newest_items.lesson("17_in_front.ipynb", in_front).state == SAME
 
 
 def test_what_runs_out_of_time_is_not_broken_and_leaves_no_process(here, monkeypatch, tmp_path):
@@ -133,10 +137,10 @@ def test_what_runs_out_of_time_is_not_broken_and_leaves_no_process(here, monkeyp
     ]
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(
-        new_notebook(cells=cells, metadata=NOTEBOOK_METADATA), here.tree / "notebooks/17_sleeps.ipynb"
+        new_notebook(cells=cells, metadata=NOTEBOOK_METADATA), here.tree / "notebooks/18_sleeps.ipynb"
     )
     monkeypatch.setattr(newest_items, "LESSON_TIMEOUT", 8)
-    item = newest_items.lesson("17_sleeps.ipynb", here)
+    item = newest_items.lesson("18_sleeps.ipynb", here)
     assert item.state == NOT_REACHED and item.details[0] == "It took more than 8 s and was ended."
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
     stopped = {"cell": 3, "name": "LaunchStopped", "said": "Its time is over."}
