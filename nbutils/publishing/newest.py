@@ -89,7 +89,12 @@ def find_culprit(item: Item, look: Look, places: list[Environment], packages: li
 
 
 def run(
-    locked: Environment, environment: Environment, wanted: list[str], out: Path, keep: bool = False
+    locked: Environment,
+    environment: Environment,
+    wanted: list[str],
+    out: Path,
+    keep: bool = False,
+    command: str = "python -m nbutils newest",
 ) -> list[Item]:
     """Look at what is wanted, name the culprits, and write the report after each item: an hour is long.
 
@@ -99,11 +104,12 @@ def run(
         wanted: see `chosen`.
         out: folder for the report, `lock.txt` and `lock.diff`.
         keep: keep the items of a report that lies there, if it is of the same commit and the same packages.
+        command: that is said to have made the report.
 
     Returns:
         All items of the report.
     """
-    about = describe(environment, out)
+    about = describe(environment, out, command)
     ours = [name for name in STACK if name in about["changed"]]
     everything = looks(locked)
     found = newest_report.earlier(out, about) if keep else {}
@@ -120,12 +126,13 @@ def run(
     return [found[name] for name in everything if name in found]
 
 
-def describe(environment: Environment, out: Path) -> dict:
+def describe(environment: Environment, out: Path, command: str) -> dict:
     """What the report says of the environment; `lock.txt` and `lock.diff` say the rest.
 
     Args:
         environment: with the newest releases.
         out: folder for both files.
+        command: that is said to have made the report.
 
     Returns:
         `provenance`, `changed` (package to locked and installed version), `torch_build` and `pip_check` (lines).
@@ -138,7 +145,7 @@ def describe(environment: Environment, out: Path) -> dict:
     news = ", ".join(f"{name} {new}" for name, (_, new) in changed.items())
     print(f"Newer than the lock: {news or 'nothing'}", flush=True)
     return {
-        "provenance": provenance("python -m nbutils newest"),
+        "provenance": provenance(command),
         "changed": changed,
         "torch_build": environment.run(
             "-c", "import torch; print(torch.__version__)", timeout=300
