@@ -29,6 +29,9 @@ CELLS = {  # name of a notebook: source and committed output of its cells
     "13_other_words": [(OTHER_WORDS, "")],
     "14_broken": [("import no_such_module", ""), ("print('to the end')", "changed\n")],
     "16_prints_around_a_figure": [("print('a')\ndisplay(1)\nprint('b')", "a\nb\n")],
+    "17_looked_at_before": [
+        ("print('Overwriting a.py'); print('torch 2.13.0')", "Writing a.py\ntorch 2.13.0+cpu\n")
+    ],
     "15_waits_for_04": [(f"raise FileNotFoundError('x: {newest_items.NO_RUN}')", "")],
 }
 SLEEPS = """run_dir: str = ''  # folder
@@ -66,6 +69,7 @@ def here(tmp_path_factory) -> Environment:
         ("14_broken", BROKEN, ["cell 2: ModuleNotFoundError", "said 'changed', now says 'to the end'"]),
         ("15_waits_for_04", NOT_REACHED, ["cell 2: FileNotFoundError"]),
         ("16_prints_around_a_figure", SAME, []),
+        ("17_looked_at_before", SAME, []),
     ],
 )
 def test_each_state_of_a_lesson_is_told_apart(here, name, state, words):
@@ -122,11 +126,11 @@ def test_a_package_that_is_put_back_reaches_the_cells_of_a_notebook(here, tmp_pa
     )
     nbformat.write(
         new_notebook(cells=[parameters, code], metadata=NOTEBOOK_METADATA),
-        here.tree / "notebooks/17_in_front.ipynb",
+        here.tree / "notebooks/18_in_front.ipynb",
     )
-    assert newest_items.lesson("17_in_front.ipynb", here).state == BROKEN
+    assert newest_items.lesson("18_in_front.ipynb", here).state == BROKEN
     in_front = Environment(here.python, here.tree, (tmp_path,))
-    assert newest_items.lesson("17_in_front.ipynb", in_front).state == SAME
+    assert newest_items.lesson("18_in_front.ipynb", in_front).state == SAME
 
 
 def test_what_runs_out_of_time_is_not_broken_and_leaves_no_process(here, monkeypatch, tmp_path):
@@ -137,10 +141,10 @@ def test_what_runs_out_of_time_is_not_broken_and_leaves_no_process(here, monkeyp
     ]
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(
-        new_notebook(cells=cells, metadata=NOTEBOOK_METADATA), here.tree / "notebooks/18_sleeps.ipynb"
+        new_notebook(cells=cells, metadata=NOTEBOOK_METADATA), here.tree / "notebooks/19_sleeps.ipynb"
     )
     monkeypatch.setattr(newest_items, "LESSON_TIMEOUT", 8)
-    item = newest_items.lesson("18_sleeps.ipynb", here)
+    item = newest_items.lesson("19_sleeps.ipynb", here)
     assert item.state == NOT_REACHED and item.details[0] == "It took more than 8 s and was ended."
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
     stopped = {"cell": 3, "name": "LaunchStopped", "said": "Its time is over."}
