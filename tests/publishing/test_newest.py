@@ -1,6 +1,8 @@
 """`make newest`: each state is told apart, the culprit is the package that heals, and nothing tested is touched."""
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from nbutils.common.paths import ROOT
 from nbutils.common.versions import locked_versions
 from nbutils.publishing import newest, newest_environment, newest_items, newest_report
 from nbutils.publishing.newest_environment import Environment
@@ -220,3 +223,34 @@ def test_the_report_says_the_same_to_people_and_programs(tmp_path):
     assert list(newest_report.earlier(tmp_path, about)) == ["lesson 10", "lesson 11"]
     assert newest_report.earlier(tmp_path, about)["lesson 11"] == items[1]
     assert not newest_report.earlier(tmp_path, about | {"changed": {"peft": ("0.21", "99.1")}})
+
+
+def test_from_the_command_line_nothing_tested_is_touched(tmp_path, monkeypatch, capsys):
+    """With the tested packages standing for the newest. A second call looks at one item again and keeps the other."""
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    place = Path(sys.prefix) / "lib"
+
+    def tested() -> list:
+        status = subprocess.run(
+            ["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True
+        )
+        packages = [p for p in place.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        return [status.stdout, [(p, p.stat().st_size, p.stat().st_mtime_ns) for p in packages]]
+
+    before = tested()
+    words = ["--keep", "--venv", str(tmp_path / "venv"), "--out", str(tmp_path / "out"), "--only"]
+    assert newest.main([*words, "hybrid_timeout,linear4bit"]) == 0
+    shutil.copy(tmp_path / "out/report.json", tmp_path / "before.json")
+    again = newest.main([*words, "linear4bit", "--beside", str(tmp_path / "before.json")])
+    assert tested() == before
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    names = ["patch hybrid_timeout", "patch linear4bit_forward"]
+    assert [(row["name"], row["state"]) for row in report["items"]] == [(name, SAME) for name in names]
+    assert again == 3 and "It says the same as" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        newest.main([*words, "lesson 99"])
+    assert "nothing is called lesson 99" in capsys.readouterr().err
