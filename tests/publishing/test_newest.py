@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from nbutils.common.paths import ROOT
@@ -243,13 +244,14 @@ def test_from_the_command_line_nothing_tested_is_touched(tmp_path, monkeypatch, 
 
     before = tested()
     words = ["--keep", "--venv", str(tmp_path / "venv"), "--out", str(tmp_path / "out"), "--only"]
-    assert newest.main([*words, "hybrid_timeout,linear4bit"]) == 0
+    assert newest.main([*words, "hybrid_timeout,fsdp2_gather"]) == 0
     shutil.copy(tmp_path / "out/report.json", tmp_path / "before.json")
-    again = newest.main([*words, "linear4bit", "--beside", str(tmp_path / "before.json")])
+    again = newest.main([*words, "fsdp2_gather", "--beside", str(tmp_path / "before.json")])
     assert tested() == before
     report = json.loads((tmp_path / "out/report.json").read_text())
-    names = ["patch hybrid_timeout", "patch linear4bit_forward"]
+    names = ["patch fsdp2_gather", "patch hybrid_timeout"]
     assert [(row["name"], row["state"]) for row in report["items"]] == [(name, SAME) for name in names]
+    assert report["torch_build"] == torch.__version__
     assert again == 3 and "It says the same as" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         newest.main([*words, "lesson 99"])
