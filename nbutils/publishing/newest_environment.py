@@ -12,9 +12,11 @@ from packaging.requirements import Requirement
 
 from nbutils.common.paths import ROOT
 from nbutils.common.versions import locked_versions
+from nbutils.launching.process_tree import ProcessTree
 from nbutils.publishing.workshop_proof import copy_tiny_bases
 
 INSTALL_TIMEOUT, PIP = 1800, ("-m", "pip", "--quiet", "--disable-pip-version-check")
+ENDED = 124  # the status of a command whose time ran out, as of timeout(1)
 
 
 class CannotInstall(RuntimeError):
@@ -30,7 +32,7 @@ class Environment:
     in_front: tuple[Path, ...] = ()
 
     def run(self, *words: str, timeout: float) -> subprocess.CompletedProcess:
-        """Run this Python in the copy; a command that outlasts `timeout` seconds ends with status 124."""
+        """Run this Python in the copy; a command that outlasts `timeout` seconds ends with status `ENDED`."""
         variables = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
         # What is looked at is untested by its nature: without this the script refuses its versions.
         variables |= {
@@ -38,15 +40,21 @@ class Environment:
             "PYTHONPATH": os.pathsep.join(map(str, (*self.in_front, self.tree))),
         }
         variables["PATH"] = os.pathsep.join([str(self.python.parent), os.environ.get("PATH", "")])
-        try:
-            return subprocess.run(
-                [str(self.python), *words], cwd=self.tree, env=variables, timeout=timeout,
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(
-                words, 124, "", f"It took more than {timeout:.0f} s and was ended."
-            )
+        with subprocess.Popen(
+            [str(self.python), *words], cwd=self.tree, env=variables,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            tree = ProcessTree(process)
+            try:
+                said, complained = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                tree.end()  # a kernel and its ranks would go on
+                late = f"It took more than {timeout:.0f} s and was ended."
+                return subprocess.CompletedProcess(words, ENDED, "", late)
+            except BaseException:
+                tree.end()
+                raise
+        return subprocess.CompletedProcess(words, process.returncode, said, complained)
 
     def installed(self) -> dict[str, str]:
         """Package to version, the build of torch included, as pip lists them."""
@@ -67,12 +75,12 @@ def make(venv: Path, tree: Path, keep: bool = False) -> Environment:
     Args:
         venv: folder of the virtual environment; made anew.
         tree: folder for the copy of what git tracks; made anew.
-        keep: use a `venv` that lies there as it is.
+        keep: use a `venv` that lies there as it is, and keep the runs of the copy.
 
     Raises:
         CannotInstall: with the last line that pip said.
     """
-    copy_repository(tree)
+    copy_repository(tree, keep)
     python = venv / "bin" / "python"
     if keep and python.exists():
         return Environment(python.absolute(), tree.absolute())
@@ -82,9 +90,16 @@ def make(venv: Path, tree: Path, keep: bool = False) -> Environment:
     return Environment(python.absolute(), tree.absolute())
 
 
-def copy_repository(tree: Path) -> None:
-    """Copy the files that git tracks, as they are now, and the tiny base, which takes a minute to make."""
-    shutil.rmtree(tree, ignore_errors=True)
+def copy_repository(tree: Path, keep: bool = False) -> None:
+    """Copy the files that git tracks, as they are now, and the tiny base, which takes a minute to make.
+
+    Args:
+        tree: folder for the copy; made anew.
+        keep: keep `runs` of a copy that lies there: lesson 05 reads the run of lesson 04.
+    """
+    for old in tree.glob("*"):
+        if not (keep and old.name == "runs"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True
     )

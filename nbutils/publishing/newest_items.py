@@ -1,16 +1,23 @@
 """What is looked at in an environment: a lesson, a patch, the tests, the training. Each answers with one `Item`."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from nbutils.common.paths import ROOT
-from nbutils.publishing.newest_environment import Environment
+from nbutils.publishing.newest_environment import ENDED, Environment
 
 SAME, DRIFTED, OBSOLETE, BROKEN, NOT_REACHED = "SAME", "DRIFTED", "OBSOLETE", "BROKEN", "NOT REACHED"
-LESSON_TIMEOUT, TESTS_TIMEOUT, TRAINING_TIMEOUT, PATCH_TIMEOUT = 1800, 3600, 1200, 120  # seconds
+LESSON_TIMEOUT, TESTS_TIMEOUT, TRAINING_TIMEOUT, PATCH_TIMEOUT = 1800, 3600, 1200, 300  # seconds
+# Errors of a clock: they say that the machine had other work, or that something hangs, and not which.
+OUT_OF_TIME = ("CellTimeoutError", "LaunchStopped", "TimeoutExpired")
+LOOK_ALONE = (
+    "Nothing is known: look again with nothing else running (--keep --only). Out of time then too: it hangs."
+)
 RUN_DIR = "runs/newest"  # in the copy of the repository
 NO_RUN = "there is no run to look at"  # what nbutils.common.paths.latest says where notebook 04 did not end
 
@@ -28,15 +35,20 @@ class Item:
 
     Attributes:
         name: like `lesson 03_custom_prep`.
-        state: SAME, DRIFTED (it says something else), OBSOLETE (a text to fix), BROKEN (code to fix) or NOT REACHED.
+        state: SAME, DRIFTED (it says something else), OBSOLETE (a text to fix), BROKEN (code to fix) or NOT REACHED
+            (what it needs is not there, or time ran out).
         details: sentences.
         culprit: the package that makes it SAME again if it is put back; filled in later.
+        seconds: that the first look took; filled in later.
+        again: looks at less, where less is enough to find the culprit.
     """
 
     name: str
     state: str
     details: list[str] = field(default_factory=list)
     culprit: str = ""
+    seconds: int = 0
+    again: "Look | None" = None
 
 
 Look = Callable[[Environment], Item]
@@ -68,6 +80,8 @@ def lesson(name: str, environment: Environment) -> Item:
     words = ("-m", "nbutils.publishing.newest_lesson", f"notebooks/{name}", str(report), RUN_DIR)
     done = environment.run(*words, timeout=LESSON_TIMEOUT)
     title = f"lesson {Path(name).stem}"
+    if done.returncode == ENDED or (not report.exists() and "CellTimeoutError" in done.stderr):
+        return out_of_time(title, done.stderr)
     if not report.exists():
         return Item(title, BROKEN, [f"It could not be executed: {_last_line(done.stderr)}"])
     return judge_lesson(title, json.loads(report.read_text(encoding="utf-8")))
@@ -89,6 +103,8 @@ def judge_lesson(title: str, report: dict) -> Item:
     broken = [error for error in errors if error["name"] != "LessonObsolete"]
     if broken and NO_RUN in broken[0]["said"]:
         return Item(title, NOT_REACHED, details)
+    if broken and broken[0]["name"] in OUT_OF_TIME:
+        return Item(title, NOT_REACHED, [LOOK_ALONE, *details])
     if broken or report["not_reached"]:
         return Item(title, BROKEN, details)
     if errors:
@@ -112,44 +128,104 @@ def patch(stem: str, environment: Environment) -> Item:
     return Item(f"patch {stem}", SAME, [] if needed else ["Whether it is still needed shows on a GPU only."])
 
 
-def tests(environment: Environment) -> Item:
-    """Run the tests of `make test`; the state is BROKEN if one fails, with the name of each that does."""
-    done = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", timeout=TESTS_TIMEOUT)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S.*)$", done.stdout, re.MULTILINE)
-    ending = _last_line(done.stdout) or _last_line(done.stderr)
+def suite() -> dict[str, Look]:
+    """A look for the tests of `make test`."""
+    return {"tests": tests}
+
+
+def tests(environment: Environment, names: tuple[str, ...] = ()) -> Item:
+    """Run the tests of `make test`, and those that fail a second time, alone.
+
+    Args:
+        environment: where.
+        names: of tests, as pytest writes them; none means all.
+
+    Returns:
+        BROKEN if a test fails twice, with the name of each that does. One that passes alone is told, and is no fault.
+    """
+    done, failed = _pytest(environment, names)
+    details = [_last_line(done.stdout) or _last_line(done.stderr)]
+    if done.returncode == ENDED:
+        return out_of_time("tests", done.stderr)
     if done.returncode == 0:
-        return Item("tests", SAME, [ending])
-    return Item("tests", BROKEN, [ending, *failed])
+        return Item("tests", SAME, details)
+    if not failed:  # pytest itself did not get far
+        return Item("tests", BROKEN, details)
+    alone, still = _pytest(environment, tuple(failed))
+    if alone.returncode == ENDED:
+        return out_of_time("tests", alone.stderr)
+    details += [f"Failed at first, passed alone: {name}" for name in failed if name not in still]
+    details += [f"{name}: {said}" for name, said in still.items()]
+    if not still:
+        return Item("tests", SAME, details)
+    return Item("tests", BROKEN, details, again=lambda where: tests(where, tuple(still)))
 
 
-def training(version: int, locked: Environment, environment: Environment) -> Item:
-    """Train notebook 04's steps in both environments on this machine, and lay losses, adapters and warnings beside.
+def _pytest(environment: Environment, names: tuple[str, ...]) -> tuple[CompletedProcess, dict[str, str]]:
+    """The finished run, and what pytest says of each test that failed."""
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *names)
+    done = environment.run(*words, timeout=TESTS_TIMEOUT)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    return done, dict(failed)
+
+
+def out_of_time(title: str, said: str) -> Item:
+    """The item whose time ran out: no fault of a release, as far as is known.
+
+    Args:
+        title: of the item.
+        said: standard error, whose last line says how long it took.
+    """
+    return Item(title, NOT_REACHED, [_last_line(said), LOOK_ALONE])
+
+
+def trainings(locked: Environment) -> dict[str, Look]:
+    """A look for the training under each FSDP.
+
+    Args:
+        locked: with the tested stack; it trains once, whatever is laid beside it.
+    """
+    trained = functools.cache(lambda version: train(version, locked, "locked"))
+    return {
+        f"training FSDP {version}": lambda environment, version=version: training(
+            version, trained, environment
+        )
+        for version in (1, 2)
+    }
+
+
+def training(version: int, locked: Callable[[int], dict | Item], environment: Environment) -> Item:
+    """Train in an environment, and lay losses, adapter and warnings beside those of the tested stack.
 
     Args:
         version: of FSDP.
-        locked: with the tested stack.
+        locked: version to what `train` says with the tested stack, on this machine.
         environment: with the newest.
     """
-    title, runs = f"training, FSDP {version}", []
-    for name, where in (("locked", locked), ("newest", environment)):
-        folder = f"runs/training_{name}_{version}"
-        words = (
-            "-m",
-            "nbutils",
-            "run",
-            "--only",
-            "04",
-            "--run-dir",
-            folder,
-            "-p",
-            "fsdp_version",
-            str(version),
-        )
-        done = where.run(*words, timeout=TRAINING_TIMEOUT)
-        if done.returncode:
-            return Item(title, BROKEN, [f"With the {name} stack: {_last_line(done.stderr)}"])
-        runs.append(_trained(where.tree / folder))
-    return compare_training(title, *runs)
+    there = locked(version)
+    here = there if isinstance(there, Item) else train(version, environment, "newest")
+    return here if isinstance(here, Item) else compare_training(f"training FSDP {version}", there, here)
+
+
+def train(version: int, environment: Environment, name: str) -> dict | Item:
+    """Train the steps of notebook 04.
+
+    Args:
+        version: of FSDP.
+        environment: where.
+        name: of its stack, in the folder's name and in sentences.
+
+    Returns:
+        `sha256` of the adapter, `losses` and `warnings`; the item, if it did not come to its end.
+    """
+    title, folder = f"training FSDP {version}", f"runs/training_{name}_{version}"
+    words = ("--only", "04", "--run-dir", folder, "-p", "fsdp_version", str(version))
+    done = environment.run("-m", "nbutils", "run", *words, timeout=TRAINING_TIMEOUT)
+    if done.returncode == ENDED:
+        return out_of_time(title, done.stderr)
+    if done.returncode:
+        return Item(title, BROKEN, [f"With the {name} stack: {_last_line(done.stderr)}"])
+    return _trained(environment.tree / folder)
 
 
 def compare_training(title: str, locked: dict, newest: dict) -> Item:

@@ -5,6 +5,7 @@ Run as: python -m nbutils.publishing.newest_lesson notebooks/03_custom_prep.ipyn
 """
 
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,8 @@ from nbutils.common.versions import locked_versions
 from nbutils.publishing.parameters import read_contract
 from nbutils.publishing.refresh import compare, with_outputs
 from nbutils.publishing.workshop_proof import run_through
+
+BUILD = re.compile(r"(?<=\d)\+(?:cpu|cu\d+)\b")  # as of torch 2.13.0+cpu
 
 
 def look_at(path: Path, run_dir: str) -> dict:
@@ -42,7 +45,7 @@ def look_at(path: Path, run_dir: str) -> dict:
     counted = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
     return {
         "errors": errors,
-        "differences": compare(_without(committed, errors), _without(_locked_names(after), errors)),
+        "differences": compare(_without(_plain(committed), errors), _without(_plain(after), errors)),
         "not_reached": sum(cell.execution_count is None for cell in counted),
     }
 
@@ -54,16 +57,19 @@ def _without(notebook: nbformat.NotebookNode, errors: list[dict]) -> nbformat.No
     return notebook
 
 
-def _locked_names(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The outputs with each installed version written as the lock's: a version string is no drift."""
-    text = json.dumps(notebook)
+def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The outputs with each installed version written as the lock's, without its build, and files written once.
+
+    A version string is no drift; and a lesson that is looked at again finds the files of the look before.
+    """
+    text = BUILD.sub("", json.dumps(notebook)).replace("Overwriting ", "Writing ")
     for package, locked in locked_versions().items():
         try:
-            installed = version(package)
+            installed = version(package).partition("+")[0]
         except PackageNotFoundError:
             continue
-        if installed.partition("+")[0] != locked and installed.count(".") > 1:
-            text = text.replace(installed, locked).replace(installed.partition("+")[0], locked)
+        if installed != locked and installed.count(".") > 1:
+            text = text.replace(installed, locked)
     return nbformat.from_dict(json.loads(text))
 
 

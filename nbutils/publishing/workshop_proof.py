@@ -42,7 +42,7 @@ def prove(out: Path, scratch: Path) -> list[str]:
 def copy_tiny_bases(tree: Path) -> None:
     """Bring along the tiny base, which takes a minute to make; a cache may also hold an NF4 copy of 40 GB."""
     for done in (ROOT / "runs" / "cache").glob("tiny-*/tiny.json"):
-        shutil.copytree(done.parent, tree / "runs" / "cache" / done.parent.name)
+        shutil.copytree(done.parent, tree / "runs" / "cache" / done.parent.name, dirs_exist_ok=True)
 
 
 def run_through(path: Path, tree: Path, values: dict = SHORT) -> nbformat.NotebookNode:
@@ -62,9 +62,12 @@ def run_through(path: Path, tree: Path, values: dict = SHORT) -> nbformat.Notebo
     given = {name: value for name, value in values.items() if name in read_contract(path)}
     notebook = parameterize_notebook(load_notebook_node(str(path)), given)
     options = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": True}
+    options["coalesce_streams"] = True  # as the runner does, whose outputs are the committed ones
     options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # its warnings concern servers
     client = NotebookClient(notebook, resources={"metadata": {"path": str(tree)}}, **options)
-    client.execute(env={**os.environ, "PYTHONPATH": str(tree.resolve())})
+    # What stood in front stays: `make newest` puts packages back that way.
+    in_front = filter(None, [str(tree.resolve()), os.environ.get("PYTHONPATH")])
+    client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(in_front)})
     nbformat.write(notebook, tree / "runs" / path.name)  # kept, for whoever wants to know why
     return notebook
 

@@ -229,3 +229,12 @@ def test_export_refuses_as_merge_does(base, tmp_path, start, refused):
     with pytest.raises(UnsupportedAdapter, match="pissa"):
         export_adapter(tmp_path / "checkpoint-3", tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_add_adapter_of_transformers_asks_for_another_peft(base):
+    """docs/troubles.yaml says so, and to take peft's way. When this fails, there is a peft that transformers takes."""
+    said = "The version of PEFT you are using is not compatible, please use a version >= 0.22.0"
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=said):
+        load(base).add_adapter(config)
+    assert get_peft_model(load(base), config).peft_config["default"] is config

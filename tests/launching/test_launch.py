@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 from jupyter_client import KernelManager
-from processes import ranks_of, wait_until
+from processes import kill_all_that_name, ranks_of, wait_until
 
 from nbutils.common.paths import ROOT
 from nbutils.launching.launch import LaunchFailed, LaunchStopped, launch
@@ -28,6 +28,13 @@ HEAD = """
 
     rank = int(os.environ["RANK"])
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path):
+    """A test that fails while its ranks sleep would leave them, and the tests after it would find them."""
+    yield
+    kill_all_that_name(tmp_path)
 
 
 def script(folder, body, head=HEAD):

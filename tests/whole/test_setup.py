@@ -13,8 +13,10 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from nbutils.common.paths import ROOT
+from nbutils.common.versions import STACK
 
 PINS = {
     "torch": "2.13.0",
@@ -63,6 +65,23 @@ def test_every_range_of_the_package_holds_its_locked_version():
     for requirement in map(Requirement, wanted):
         version = locked()[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} does not allow the locked {version}"
+
+
+@pytest.mark.parametrize("name", STACK)
+def test_a_range_goes_from_the_oldest_version_seen_to_the_newest(name):
+    """As the table of docs/newest/README.md has it, with the record of each version."""
+    rows = (ROOT / "docs/newest/README.md").read_text().splitlines()
+    ((_, _, written, seen, where, _),) = [
+        [cell.strip() for cell in row.split("|")] for row in rows if row.startswith(f"| {name} |")
+    ]
+    (wanted,) = [need for need in map(Requirement, project()["dependencies"]) if need.name == name]
+    versions = [Version(version) for version in seen.split(", ")]
+    above = ".".join(map(str, [*max(versions).release[:1], max(versions).release[1] + 1]))
+    assert wanted.specifier == SpecifierSet(written) == SpecifierSet(f">={min(versions)},<{above}")
+    for version in seen.split(", "):
+        assert locked()[name].startswith(f"{version}.") or locked()[name] == version or version in where
+    for path in re.findall(r"`(benchmarks/[^`]+)`", where):
+        assert (ROOT / path).exists()
 
 
 def test_conda_and_binder_get_the_same_environment():
