@@ -131,18 +131,8 @@ def watch(phases: Phases, at_end: Callable[[], None], links=None, profile=None) 
         def on_step_end(self, args, state, control, **kwargs):
             more = {"incoming": links.incoming.bytes, "link_gbs": links.incoming.gbs} if links else {}
             phases.mark("step", step=state.global_step, graphs=compiled_graphs(), **more)
-            if profile:
-                profile.at_step_end(state.global_step)
             if links:
                 links.at_step(state.global_step)
-
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if profile:
-                profile.at_optimizer(begins=True)
-
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            if profile:
-                profile.at_optimizer(begins=False)
 
         def on_train_end(self, args, state, control, **kwargs):
             phases.mark("trained")
@@ -160,6 +150,8 @@ def watch(phases: Phases, at_end: Callable[[], None], links=None, profile=None) 
     @functools.wraps(plain_train)
     def train(self, *args, **kwargs):
         self.add_callback(Watcher())
+        if profile:
+            self.add_callback(profile.callback())
         phases.mark("train begins")
         return plain_train(self, *args, **kwargs)
 

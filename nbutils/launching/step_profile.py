@@ -68,6 +68,24 @@ class StepProfile:
             found = seconds_by_kind(kernels(self.profiler), seconds) | {"optimizer": round(self.optimizer, 4)}
             self.file.write_text(json.dumps(found, indent=1) + "\n")
 
+    def callback(self):
+        """For the Trainer, which tells it where a step ends and where its optimizer begins and ends."""
+        from transformers import TrainerCallback
+
+        profile = self
+
+        class Watcher(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                profile.at_optimizer(begins=True)
+
+            def on_optimizer_step(self, args, state, control, **kwargs):
+                profile.at_optimizer(begins=False)
+
+            def on_step_end(self, args, state, control, **kwargs):
+                profile.at_step_end(state.global_step)
+
+        return Watcher()
+
 
 def kernels(profiler) -> list[tuple[str, float, float]]:
     """Name, begin and end in seconds of everything that ran on the GPU.

@@ -2,8 +2,11 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
 
 from nbutils.launching.step_profile import StepProfile, kind_of, seconds_by_kind
 
@@ -45,11 +48,14 @@ def test_a_kernels_name_tells_what_it_does(name, kind):
 
 def test_the_watched_step_alone_is_written(tmp_path):
     profile = StepProfile(2, tmp_path / "profile.json")
+    trainer = CallbackHandler([profile.callback()], None, None, None, None)
+    arguments, state = SimpleNamespace(), TrainerState()
     for done in (1, 2, 3):
-        profile.at_optimizer(begins=True)
+        trainer.on_pre_optimizer_step(arguments, state, TrainerControl())
         time.sleep(0.002)
-        profile.at_optimizer(begins=False)
-        profile.at_step_end(done)
+        trainer.on_optimizer_step(arguments, state, TrainerControl())
+        state.global_step = done
+        trainer.on_step_end(arguments, state, TrainerControl())
         assert (tmp_path / "profile.json").exists() == (done >= 2)
     found = json.loads((tmp_path / "profile.json").read_text())
     assert 0 < found["optimizer"] <= found["step"] == found["idle"]  # a CPU runs no kernels
