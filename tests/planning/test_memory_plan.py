@@ -348,7 +348,9 @@ def test_a_file_of_settings_may_stand_behind_an_equals_sign(tmp_path):
 def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, tmp_path):
     """The recorded chats on two GPUs: no batch is longer than their longest row, and `group_by_length` begins with it."""
     rows = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["write_chats"](tmp_path / "chats.jsonl")
-    longest = max(len(json.loads(line)["text"].split()) for line in rows.read_text().splitlines())  # a letter, a token
+    longest = max(
+        len(json.loads(line)["text"].split()) for line in rows.read_text().splitlines()
+    )  # a letter, a token
     run = json.loads((RESULTS / f"chats/chats_12_{name}.json").read_text())
     shape = replace(SHAPES["llama31_70b"], layers=12)
     planned = plan(shape, Setup(2, 2, True), batch, longest, choices=choices_of(run))
@@ -360,7 +362,8 @@ def test_accumulation_keeps_the_gradients_of_the_whole_adapter_on_each_gpu():
     """0.39 GiB for 70B and rank 16, by hand: 207,093,760 parameters in two bytes."""
     for setup in (Setup(2, 1, True), Setup(2, 2, True), Setup(8, 2, False)):
         once, twice = (
-            plan(SHAPES["llama31_70b"], setup, 1, 1024, choices=Choices(accumulation=passes)) for passes in (1, 2)
+            plan(SHAPES["llama31_70b"], setup, 1, 1024, choices=Choices(accumulation=passes))
+            for passes in (1, 2)
         )
         share = 0 if setup.offload else 2 * 207_093_760 // setup.world_size
         moment = "backward of a layer"

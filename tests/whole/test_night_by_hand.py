@@ -181,7 +181,9 @@ def test_the_whole_run(said, rows, lengths):
     seconds = EPOCHS * tokens / SPEED
     assert number("hours", whole) == round(seconds / 3600, 1)
     assert f"time_limit stops it {math.ceil(seconds / 3600) - 1} time(s)" in whole
-    kept = EPOCHS * steps // 50 + (EPOCHS * steps % 50 > 0)  # a checkpoint after every 50 steps, and after the last
+    kept = EPOCHS * steps // 50 + (
+        EPOCHS * steps % 50 > 0
+    )  # a checkpoint after every 50 steps, and after the last
     assert number("checkpoints kept, at most", whole) == min(kept, 3)
     disk = (
         min(kept, 3) * 3 * ADAPTER + 2 * ADAPTER
