@@ -1,13 +1,12 @@
 """What the exercises want: each answer is worked out or kept as a hash, with the reason behind usual wrong ones."""
 
-from nbutils.launching.config_files import FILLED
 from nbutils.lessons.answers_04_to_07 import ANSWERS_04_TO_07
 from nbutils.lessons.answers_of_prep import OF_THE_PREP
 from nbutils.lessons.config_at_70b import gradient_ratio
 from nbutils.lessons.judging import Judge, equal_to, shown
 from nbutils.planning.memory_items import GIB, quantisation_state_bytes
 from nbutils.planning.memory_plan import Plan, fits, plan
-from nbutils.planning.model_needs import MODELS, gpu_gib
+from nbutils.planning.model_needs import MODELS, gpu_gib, has_room
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
 
@@ -82,8 +81,8 @@ def _copy_stays(held) -> str:
 
 
 def _cards_without_offload() -> int:
-    seventy, room = MODELS["llama31_70b"], FILLED * 23.6
-    return next(cards for cards in range(2, 100) if gpu_gib(seventy, cards, False) <= room)
+    seventy = MODELS["llama31_70b"]
+    return next(cards for cards in range(2, 100) if has_room(seventy, cards, offload=False, card_gib=23.6))
 
 
 def _two_machines(given) -> str:
