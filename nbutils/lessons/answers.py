@@ -35,13 +35,13 @@ def _loss_stays(change) -> str:
     )
 
 
-def _falls_further(times) -> str:
-    """How many times as far as before the held-out loss fell: half as far again, at least."""
-    if not times > 0:  # also what is no number
-        return "The loss did not fall at all: such a step jumps over what it aims at."
-    if times < 1:
-        return "It fell less far than before. Go the other way, or less far."
-    return "" if times >= 1.5 else "It fell further than before, and not far enough. Go on in this direction."
+def _loss_rises(change) -> str:
+    """How far the held-out loss went up."""
+    if change > UNCHANGED:
+        return ""
+    if change > -UNCHANGED:
+        return "The loss stayed where it was: such steps are too small to do harm, or good."
+    return f"The loss still fell, by {shown(-float(change))}. What makes each step of the optimizer longer?"
 
 
 def _models_that_fit(yours) -> str:
@@ -113,7 +113,7 @@ ANSWERS: dict[str, Judge] = {
     "00.2": equal_to(_seventy_scales, {0.51: "You divided it by the ranks. Is it a parameter?"}),
     "00.3": _models_that_fit,
     "00.4": _loss_stays,
-    "00.5": _falls_further,
+    "00.5": _loss_rises,
     "01.1": equal_to(
         lambda: (35.8 / 4, 35.8),
         {

@@ -11,9 +11,10 @@ import pytest
 from nbutils.common.paths import ROOT
 from nbutils.launching import config_files as configs
 from nbutils.lessons import records as recorded
-from nbutils.lessons.config_at_70b import gradient_ratio, strategies, wrap_policies
+from nbutils.lessons.choice_figure import QUESTIONS
+from nbutils.lessons.config_at_70b import four_ways, gradient_ratio, strategies, wrap_policies
 from nbutils.lessons.course_map import LESSONS
-from nbutils.planning.shapes import Shape
+from nbutils.planning.shapes import Shape, shape_of
 
 START, DECIDE, OTHERS = (
     ROOT / f"notebooks/{name}.ipynb"
@@ -99,6 +100,21 @@ def test_a_notebook_begins_with_the_minutes_of_the_map(lesson):
     run, unit, reading, exercises = TIMES.search(nbformat.read(path, as_version=4).cells[0].source).groups()
     minutes = math.ceil(int(run) / (60 if unit == "second" else 1))
     assert (minutes, int(reading), int(exercises)) == (lesson.run, lesson.reading, lesson.exercises)
+
+
+def test_three_questions_lead_to_files_that_exist_and_to_the_memory_that_is_planned(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    named = {
+        name
+        for answers in QUESTIONS.values()
+        for _, then in answers
+        for name in re.findall(r"\w+\.yaml", then)
+    }
+    assert named <= {path.name for path in (ROOT / "configs").rglob("*.yaml")} and len(named) == 5
+    host = {
+        (version, offload): float(gib) for version, offload, *_, gib, _ in four_ways(shape_of("llama31_70b"))
+    }
+    assert max(host.values()) < 64 and host["2", "no"] < host["2", "yes"] < host["1", "yes"]
 
 
 def test_a_result_that_is_not_recorded_is_said_to_be_missing():
