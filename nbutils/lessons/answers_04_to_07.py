@@ -195,3 +195,23 @@ ANSWERS_04_TO_07: dict[str, Judge] = {
         },
     ),
 }
+# What is said of a right answer, and would give it away if it stood in the notebook.
+EXPLAINED = {
+    "04.2": """\
+The check after saving proves that the file is what the ranks hold. It cannot know how they began.
+On CPUs each rank keeps its part of its own copy, so this adapter is a patchwork of several
+beginnings: it trains, and no seed makes it again. On GPUs FSDP 1 has `fsdp_sync_module_states`,
+which sends rank 0's copy to all while it wraps (notebook 01b).""",
+    "04b.2": """\
+The launch says that the ranks have saved, and prints the command that goes on. Status 75 is for
+whoever started it: Slurm, or a loop in a shell, knows by it that the same command should be started
+again.""",
+    "04b.3": "Size and SHA-256 of each file stand in the manifest, which is written last.",
+    "05.2": """\
+The hash is of the tensors; what they are multiplied with stands in the config beside them. So the
+answers are compared as well.""",
+    "07.1": """\
+Rank 0 was in a gather, where all ranks must take part. The other one was gone, so its connection
+closed. Errors that speak of a peer, a connection or a time-out come from those who waited: look for
+the rank that does not speak of another one.""",
+}

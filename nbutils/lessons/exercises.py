@@ -1,11 +1,12 @@
 """The checker of "Check yourself": it says OK, or why an answer is not right, and never what was expected."""
 
 from nbutils.lessons.answers import ANSWERS
+from nbutils.lessons.answers_04_to_07 import EXPLAINED
 from nbutils.lessons.judging import READ_AGAIN, same, shown
 
 
 def check(what: str, yours, expected=...) -> None:
-    """Judge an answer, and print it with OK or "not yet".
+    """Judge an answer, and print it with OK or "not yet"; some right answers are explained.
 
     Args:
         what: the number of an exercise in `nbutils.lessons.answers`, as "03.2"; or, with `expected`, what was asked, in
@@ -28,3 +29,5 @@ def check(what: str, yours, expected=...) -> None:
     print(f"{what}: yours is {shown(yours)}  {'not yet' if why else 'OK'}")
     if why:
         raise AssertionError(f"{what}: {shown(yours)} is not right. {why}")
+    if what in EXPLAINED:
+        print(EXPLAINED[what])

@@ -11,6 +11,7 @@ from peft import prepare_model_for_kbit_training
 from nbutils.common.paths import ROOT
 from nbutils.launching.config_files import RECIPE, variant
 from nbutils.lessons.answers import ANSWERS
+from nbutils.lessons.answers_04_to_07 import EXPLAINED
 from nbutils.lessons.exercises import check
 from nbutils.lessons.judging import READ_AGAIN, digest, hashed, same, shown
 from nbutils.lessons.one_process import tiny_in_nf4
@@ -181,6 +182,21 @@ def test_what_a_cell_worked_out_is_not_shown_either(capsys):
     with pytest.raises(AssertionError) as told:
         check("tensors", 28, 56)
     assert "56" not in str(told.value) + capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", EXPLAINED)
+def test_a_right_answer_is_explained_and_a_wrong_one_is_not(number, capsys):
+    right, wrong, _ = ANSWERED[number]
+    check(number, right)
+    assert EXPLAINED[number] in capsys.readouterr().out
+    with pytest.raises(AssertionError) as told:
+        check(number, wrong)
+    assert EXPLAINED[number] not in capsys.readouterr().out + str(told.value)
+    assert not [path for path in NOTEBOOKS if EXPLAINED[number].splitlines()[0] in sources_of(path)]
+
+
+def sources_of(path) -> str:
+    return "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
 
 
 def test_a_hash_gives_nothing_away():

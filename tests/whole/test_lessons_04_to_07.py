@@ -4,8 +4,9 @@ import ast
 import re
 
 import nbformat
+import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,5 +69,10 @@ def test_of_the_three_adapters_one_is_an_adapter(tmp_path):
     assert found["c"].keys() == whole.keys() and not any(
         t.any() for k, t in found["c"].items() if "lora_B" in k
     )
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(LlamaForCausalLM(config), tmp_path / "x" / "a")
+    assert not any(
+        p.any() for name, p in loaded.named_parameters() if "lora_B" in name
+    )  # nothing of it arrived
     sizes = [(tmp_path / "x" / letter / FILE).stat().st_size for letter in found]
     assert max(sizes) < 1.2 * min(sizes)
