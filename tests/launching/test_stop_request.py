@@ -120,6 +120,8 @@ def test_a_sigterm_to_all_processes_at_once_lets_them_save_too(tmp_path):
     assert launching.returncode == 75, said
     assert len(list(tmp_path.glob("saved*"))) == 2
     assert "They have saved" in said
+    log = (tmp_path / "launch.log").read_text()
+    assert "SignalException: Process" in log and "got signal: 15" in log, "torchrun heard it as well"
     assert "--resume true" in said and "Traceback" not in said
     assert ranks_of(path) == []
 
