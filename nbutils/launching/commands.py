@@ -87,5 +87,7 @@ COMMANDS = {
         _launch_arguments,
     ),
     "script": Command("write the training script of notebook 04 into a folder", _script, _script_arguments),
-    "dryrun": Command("train the real script on random weights, on your own rows if you like, and measure", _dryrun),
+    "dryrun": Command(
+        "train the real script on random weights, on your own rows if you like, and measure", _dryrun
+    ),
 }

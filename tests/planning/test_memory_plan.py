@@ -346,7 +346,7 @@ def test_a_file_of_settings_may_stand_behind_an_equals_sign(tmp_path):
 
 @pytest.mark.parametrize(("name", "batch"), [("as_they_come", 4), ("grouped", 16)])
 def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, tmp_path):
-    """The recorded chats on two GPUs: no batch is longer than their longest row, and `group_by_length` begins with it."""
+    """The recorded chats on two GPUs: no batch is longer than their longest row; `group_by_length` begins with it."""
     rows = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["write_chats"](tmp_path / "chats.jsonl")
     longest = max(
         len(json.loads(line)["text"].split()) for line in rows.read_text().splitlines()
