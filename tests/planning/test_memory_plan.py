@@ -344,18 +344,21 @@ def test_a_file_of_settings_may_stand_behind_an_equals_sign(tmp_path):
     assert (settings["max_length"], settings["output_dir"]) == (64, "y")
 
 
+@pytest.mark.parametrize("layers", [12, 80])
 @pytest.mark.parametrize(("name", "batch"), [("as_they_come", 4), ("grouped", 16)])
-def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, tmp_path):
-    """The recorded chats on two GPUs: no batch is longer than their longest row; `group_by_length` begins with it."""
+def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, layers, tmp_path):
+    """The recorded chats on two GPUs. A few steps of rows in any order need not meet the longest; grouped, it is first."""
     rows = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["write_chats"](tmp_path / "chats.jsonl")
-    longest = max(
-        len(json.loads(line)["text"].split()) for line in rows.read_text().splitlines()
-    )  # a letter, a token
-    run = json.loads((RESULTS / f"chats/chats_12_{name}.json").read_text())
-    shape = replace(SHAPES["llama31_70b"], layers=12)
-    planned = plan(shape, Setup(2, 2, True), batch, longest, choices=choices_of(run))
-    assert planned.gpu_peak_bytes == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.06)
-    assert run["predicted"]["gpu_peak_bytes"] > 1.8 * planned.gpu_peak_bytes, "every row taken for full"
+    longest = max(len(json.loads(line)["text"].split()) for line in rows.open())  # a letter is a token
+    run = json.loads((RESULTS / f"chats/chats_{layers}_{name}.json").read_text())
+    shape = replace(SHAPES["llama31_70b"], layers=layers)
+    planned = plan(shape, Setup(2, 2, True), batch, longest, choices=choices_of(run)).gpu_peak_bytes
+    if run["outcome"] == "oom":
+        assert planned > run["config"]["cap_gib"] * GIB
+    else:
+        near = 0.03 if name == "grouped" else 0.15
+        assert (1 - near) * planned < run["measured"]["gpu_peak_bytes"] < 1.03 * planned
+    assert run["predicted"]["gpu_peak_bytes"] > 1.8 * planned, "every row taken for full"
 
 
 def test_accumulation_keeps_the_gradients_of_the_whole_adapter_on_each_gpu():
