@@ -347,7 +347,7 @@ def test_a_file_of_settings_may_stand_behind_an_equals_sign(tmp_path):
 @pytest.mark.parametrize("layers", [12, 80])
 @pytest.mark.parametrize(("name", "batch"), [("as_they_come", 4), ("grouped", 16)])
 def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, layers, tmp_path):
-    """The recorded chats on two GPUs. A few steps of rows in any order need not meet the longest; grouped, it is first."""
+    """Recorded chats on two GPUs. A few steps of rows in any order need not meet the longest; grouped, it is first."""
     rows = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["write_chats"](tmp_path / "chats.jsonl")
     longest = max(len(json.loads(line)["text"].split()) for line in rows.open())  # a letter is a token
     run = json.loads((RESULTS / f"chats/chats_{layers}_{name}.json").read_text())
