@@ -23,7 +23,7 @@ def draw_ways(record: dict) -> None:
     axes.set_xlabel("held-out loss, nats a token; dotted: that of the first line")
     axes.legend(fontsize=8)
     ends = [[way["eval_loss"][moment] for way in ways.values()] for moment in (0, 1)]
-    spread = [f"{min(losses):.4f} to {max(losses):.4f}" for losses in ends]
+    spread = [f"{min(losses):.4f} and {max(losses):.4f}" for losses in ends]
     plots.show(
         figure,
         f"Held-out loss of one model in {len(ways)} ways of taking the same rows. Before the first step it lies "

@@ -105,7 +105,7 @@ def _fsdp2(sizes: Sizes, setup: Setup) -> dict[str, dict[str, int]]:
     }
     if sizes.on_host:
         moments["loss"] = resident | ahead | sizes.loss()
-        return moments | sizes.evaluation(resident | ahead, layers, sizes.embedding)
+        return moments | sizes.evaluation(resident, layers | ahead, sizes.embedding)
     # After the first layer the embedding is next, although nothing in it is trained.
     embedding = {"embedding on its way": sizes.embedding}
     moments["backward of the first layer"] = (
