@@ -25,6 +25,7 @@ from nbutils.launching.dry_run_params import of_goal
 from nbutils.launching.dry_run_record import describe
 from nbutils.launching.dry_run_settings import DryRun
 from nbutils.launching.random_weights import prepare
+from nbutils.planning.memory_plan import CARDS, left_gib
 from nbutils.planning.shapes import shape_of
 
 FSDP1, FSDP2 = "configs/accelerate/config_fsdp.yaml", "configs/accelerate/config_fsdp2.yaml"
@@ -62,7 +63,7 @@ class Case:
     )
 
 
-CARD = {"cap": 21.3}  # GiB that a 24 GB card leaves, if CUDA and NCCL take 2.3 there
+CARD = {"cap": round(left_gib(CARDS[24]), 1)}  # GiB: 21.3
 SMALL = {"seconds": 60}
 CHATS, CHATS_80 = CARD | {"seconds": 90}, CARD | {"seconds": 190}
 GROUPED = (*goal("fastest_2x24gb"), "train_sampling_strategy=group_by_length")

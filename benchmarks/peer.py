@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 from nbutils.common.devices import no_accelerator
 from nbutils.common.provenance import provenance
@@ -59,9 +60,8 @@ def peer_run(folder: Path, run: DryRun) -> dict:
         "config": {"layers": run.shape.layers, "batch": run.batch, "length": run.length, "ranks": ranks},
         "outcome": "ok",
     }
-    os.environ.update(variables)
     try:
-        with HostMemory(run_dir / "ranks") as host:
+        with patch.dict(os.environ, variables), HostMemory(run_dir / "ranks") as host:
             launch(
                 *(script, arguments, config), module=MEASURED_RUN, num_processes=run.world_size,
                 log=run_dir / "train.log", timeout=run.timeout,

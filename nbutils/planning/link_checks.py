@@ -63,7 +63,8 @@ def _host(model: Model, record: dict) -> Check:
     step = estimate(model.shape, Setup(len(ranks), 2, True), ROWS, LENGTH, links, fastest)
     found = (
         f"{links.host_gbs:.1f} GB/s; a step of {ROWS} x {LENGTH} tokens with offload computes for "
-        f"{step.computing:.1f} s and waits for weights for {step.waiting:.1f} s (estimate)"
+        f"{step.computing:.1f} s and waits for weights for {step.waiting:.1f} s, {step.tokens_per_second:.0f} tokens/s "
+        "(estimate)"
     )
     if step.waiting < WAITS * step.step:
         return Check("host to GPU", found)

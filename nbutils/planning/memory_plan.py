@@ -84,17 +84,16 @@ def left_gib(card_gib: float) -> float:
     return card_gib - OUTSIDE / GIB
 
 
-def fits(plan: Plan, outside: int = OUTSIDE) -> dict[int, float]:
+def fits(plan: Plan) -> dict[int, float]:
     """The room that is left on cards of each usual size, in GiB; below zero it does not fit.
 
     Args:
         plan: of one rank.
-        outside: what the CUDA context and NCCL take beside PyTorch's allocator, in bytes.
 
     Returns:
         `{nominal size in GB: GiB left}`.
     """
-    return {size: shown - (plan.gpu_peak_bytes + outside) / GIB for size, shown in CARDS.items()}
+    return {size: left_gib(shown) - plan.gpu_peak_bytes / GIB for size, shown in CARDS.items()}
 
 
 def what_to_change(

@@ -43,8 +43,8 @@ def test_on_gpus_the_torch_of_the_records_is_good_and_the_locks_torch_is_said_to
         record for record in records if isinstance(record["machine"], dict) and record["machine"]["gpus"]
     ]
     torches = {record["versions"]["torch"].partition("+")[0] for record in records}
-    assert torches == {doctor.RECORDED_ON_GPUS["torch"]}
     locked = doctor.locked_versions()
+    assert torches == {doctor.RECORDED_ON_GPUS["torch"], locked["torch"]}
     checks = {
         version: doctor.check_packages(locked, {"torch": version}, on_gpus=True)[0]
         for version in ("2.11.0", locked["torch"], "2.12.0")
