@@ -3,7 +3,7 @@
 Run as: python benchmarks/smollm2_learning_rates.py    (some minutes a rate)
 
 A run takes the eight rows of a step on one process, and computes nothing twice: a third of the work of two ranks with
-four rows each, for the same rows. A run of `make real` may lie in a folder's place: `world_size` says what it was.
+four rows each, for the same rows. Held out are all 76 conversations.
 Writes benchmarks/results/smollm2_learning_rates.json. A run that is there already, in runs/smollm2/, is not made again:
 `smollm2_merging.py` and `smollm2_answers.py` take their adapters from these runs.
 """
@@ -52,6 +52,7 @@ def train(rate: str) -> Path:
         goal.parent.mkdir(parents=True, exist_ok=True)
         goal.write_text(yaml.safe_dump(ONE_PROCESS))
         words += ["-p", "num_processes", "1", "-p", "batch_size", "8", "-p", "goal", str(goal)]
+        words += ["-p", "eval_rows", "0"]  # all of them, as in the other records
         subprocess.run([sys.executable, "-m", "nbutils", *words], check=True)
     return folder / "train"
 

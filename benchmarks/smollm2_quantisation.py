@@ -73,7 +73,10 @@ def main() -> None:
     texts = prose(tokenizer)
 
     def losses(model) -> dict:
-        return {"held_out_answers": round(loss(model, held_out), 4), "prose": round(loss(model, texts), 4)}
+        return {
+            "held_out_answers": round(loss(model, held_out, at_once=12), 4),
+            "prose": round(loss(model, texts), 4),
+        }
 
     in_full = losses(in_bf16(base))
     rows = []

@@ -192,12 +192,12 @@ def _reject_small_disk(out: Path, needed: int) -> None:
 
 
 def _copy_the_rest(base: Path, adapter: Path, out: Path) -> None:
-    """Copy configuration and tokenizer, the adapter's last; `config.json` after all: nothing loads without it."""
-    endings = {".json", ".jinja", ".model", ".txt"}
+    """Copy tokenizer and licence, the adapter's last; `config.json` after all: nothing loads without it."""
+    endings, terms = {".json", ".jinja", ".model", ".txt"}, ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
     for source in (base, adapter):
         for file in source.iterdir():
             ours = file.name in ("config.json", RECORD) or file.name.startswith("adapter_")
-            if file.suffix in endings and not ours:
+            if (file.suffix in endings or file.name.startswith(terms)) and not ours:
                 shutil.copyfile(file, out / file.name)
     shutil.copyfile(base / "config.json", out / "config.json")
     fsync(out)

@@ -35,6 +35,8 @@ def base(tmp_path_factory):
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
+    (folder / "LICENSE.txt").write_text("terms")
+    (folder / "NOTICE").write_text("they stay with the weights")
     return folder
 
 

@@ -83,9 +83,7 @@ def test_the_package_converts_to_the_weights_that_the_lessons_were_written_with(
     made = {file.name for file in converted.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", smollm2.FACTS} <= made
     assert smollm2.check(converted)["weights_sha256"] == smollm2.WEIGHTS_SHA256
-    assert [entry.name for entry in converted.parent.iterdir()] == [
-        smollm2.NAME
-    ]  # nothing half done beside it
+    assert list(converted.parent.iterdir()) == [converted]  # nothing half done beside it
 
 
 def test_the_weights_are_those_and_the_licence_lies_beside_them(folder):
