@@ -121,7 +121,7 @@ def put_back(environment: Environment, package: str, folder: Path) -> Environmen
     Raises:
         CannotInstall: with the last line that pip said.
     """
-    place = folder / package
+    place = folder / package / "site-packages"  # a lesson shows what lies below a folder of that name
     if not place.exists():
         words = ["install", "--no-deps", "--target", str(place), f"{package}=={locked_versions()[package]}"]
         _checked([str(environment.python), *PIP, *words])

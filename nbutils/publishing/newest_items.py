@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 
 from nbutils.common.paths import ROOT
 from nbutils.publishing.newest_environment import ENDED, Environment
+from nbutils.publishing.refresh import REFRESH_DIR
 
 SAME, DRIFTED, OBSOLETE, BROKEN, NOT_REACHED = "SAME", "DRIFTED", "OBSOLETE", "BROKEN", "NOT REACHED"
 LESSON_TIMEOUT, TESTS_TIMEOUT, TRAINING_TIMEOUT, PATCH_TIMEOUT = 1800, 3600, 1200, 300  # seconds
@@ -18,7 +19,7 @@ OUT_OF_TIME = ("CellTimeoutError", "LaunchStopped", "TimeoutExpired")
 LOOK_ALONE = (
     "Nothing is known: look again with nothing else running (--keep --only). Out of time then too: it hangs."
 )
-RUN_DIR = "runs/newest"  # in the copy of the repository
+RUN_DIR = str(REFRESH_DIR)  # in the copy: where a shown command breaks depends on the folder's length
 NO_RUN = "there is no run to look at"  # what nbutils.common.paths.latest says where notebook 04 did not end
 
 ASK_A_PATCH = """

@@ -105,9 +105,12 @@ def test_a_patch_is_asked_for_its_target_and_its_need(here, body, state):
 def test_the_culprit_is_the_package_that_heals_when_it_is_put_back(here, tmp_path):
     """Both packages are new, and the fault is in one: what is put in front of it decides."""
     for place, answer in {"torch": 1, "transformers": 0, "new": 1, "tested": 0}.items():
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "probe.py").write_text(f"faulty = {answer}\n")
-    new, tested = (Environment(here.python, here.tree, (tmp_path / name,)) for name in ("new", "tested"))
+        (tmp_path / place / "site-packages").mkdir(parents=True)
+        (tmp_path / place / "site-packages/probe.py").write_text(f"faulty = {answer}\n")
+    new, tested = (
+        Environment(here.python, here.tree, (tmp_path / name / "site-packages",))
+        for name in ("new", "tested")
+    )
 
     def look(where: Environment) -> Item:
         done = where.run("-c", "import probe, sys; sys.exit(probe.faulty)", timeout=60)

@@ -76,8 +76,8 @@ def release(package: str, file: str, old: str, new: str, folder: Path) -> str:
 
 
 def test_each_fault_is_found_named_and_laid_to_its_package(tmp_path):
-    faulty = tmp_path / "faulty"
-    faulty.mkdir()
+    faulty = tmp_path / "faulty/site-packages"
+    faulty.mkdir(parents=True)
     versions = {fault[0]: release(*fault[:4], faulty) for fault in FAULTS.values()}
     tree = tmp_path / "tree"
     newest_environment.copy_repository(tree)
