@@ -45,9 +45,7 @@ html_show_sourcelink = False
 html_show_copyright = False
 html_use_index = False
 html_show_search_summary = False  # would fetch pages, which a browser forbids to pages read from disk
-copybutton_selector = (
-    "div.highlight:not(.cell_output *) pre"  # code has a button that copies it, outputs have none
-)
+copybutton_selector = "div.highlight:not(.cell_output *) pre"  # a button that copies: code, not outputs
 
 # `make links` asks every address outside; whether a page has the place named behind its # is not asked.
 linkcheck_anchors = False

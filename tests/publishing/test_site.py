@@ -151,7 +151,9 @@ LOOK = """({
   links: [...document.links].map(link => link.href),
   ids: [...document.querySelectorAll('[id]')].map(tag => tag.id),
   blank: [...document.images].filter(image => !image.naturalWidth || !image.alt).map(image => image.src.slice(0, 60)),
-  sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  // Furo's column scrolls by itself if something in it is too wide; code and tables scroll within their own frames.
+  sideways: Math.max(...[document.documentElement, ...document.querySelectorAll('.content')]
+    .map(tag => tag.scrollWidth - tag.clientWidth)),
 })"""
 
 # Words whose colour does not stand out from what lies behind them: contrast below 4.5, or 3 for large ones (WCAG 2.2).
