@@ -11,7 +11,7 @@ html_title = project
 extensions = ["myst_nb", "sphinx_copybutton"]
 
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "notebooks/[0-9]*_*.ipynb", "docs/*.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "notebooks/[0-9]*_*.ipynb", "docs/**.md"]
 # The notes for teachers stand in the workshop's solutions edition. No other folder has pages: Sphinx need not look.
 exclude_patterns = ["docs/teachers_notes.md"]
 exclude_patterns += [p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in ("docs", "notebooks")]
@@ -28,7 +28,7 @@ notebooks/*
 :glob:
 :caption: Beside the lessons
 
-docs/*
+docs/**
 CONTRIBUTING*
 ```
 """

@@ -22,28 +22,9 @@ NOTES = ROOT / "docs" / "teachers_notes.md"
 NAME = "fsdp-qlora-workshop"
 # What a participant needs beside the notebooks. The tests and the teacher's notes stay here.
 HANDED_OUT = [
-    *(
-        "Makefile",
-        "pyproject.toml",
-        "requirements.lock",
-        "environment.yml",
-        "README.md",
-        "CONTRIBUTING.md",
-        "LICENSE",
-    ),
-    *(
-        "nbutils",
-        "configs",
-        "data",
-        "benchmarks",
-        "docs/workshop.md",
-        "docs/troubleshooting.md",
-        "docs/troubles.yaml",
-        "docs/speed_log.md",
-        "docs/evidence.md",
-        "docs/what_70b_takes.png",
-        *("docs/conf.py", "docs/site.css"),
-    ),
+    *("Makefile", "pyproject.toml", "requirements.lock", "environment.yml"),
+    *("README.md", "CONTRIBUTING.md", "LICENSE"),
+    *("nbutils", "configs", "data", "benchmarks", "docs", f":!docs/{NOTES.name}"),
 ]
 START = """\
 This is the student edition of the workshop. Two commands, on Linux with Python 3.11 to 3.13, make and pip:

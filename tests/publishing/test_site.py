@@ -16,7 +16,7 @@ from nbutils.common.paths import ROOT
 from nbutils.publishing import site
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "docs").rglob("*.md"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def leads_to(page: Path, address: str) -> tuple[Path, str]:
 def test_there_is_a_page_for_each_notebook_and_document_in_order(built):
     top = built[0].parent
     names = ["README", *(f"notebooks/{path.stem}" for path in NOTEBOOKS)]
-    names += [f"docs/{path.stem}" for path in DOCS if path.stem != "teachers_notes"] + ["CONTRIBUTING"]
+    names += [str(path) for path in DOCS if path.stem != "teachers_notes"] + ["CONTRIBUTING"]
     assert [str(path.relative_to(top)) for path in built] == [f"{name}.html" for name in names]
     assert (top / "index.html").read_bytes() == built[0].read_bytes()
 

@@ -114,6 +114,7 @@ def test_the_archive_is_the_same_twice_and_holds_what_it_needs(built):
         for name in zipfile.ZipFile(archive).namelist()
     }
     wanted = {"Makefile", "START.txt", "nbutils/common/paths.py", "configs/accelerate/config_fsdp.yaml"}
+    wanted |= {"CONTRIBUTING.md", "docs/conf.py", "docs/site.css"}  # for `make site`
     wanted |= {f"notebooks/{path.name}" for path in MASTERS}
     assert wanted <= names.keys()
     assert not [name for name in names if name.startswith(("tests/", "runs/", ".")) or "teachers" in name]

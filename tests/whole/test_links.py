@@ -6,7 +6,7 @@ import sys
 from nbutils.common.paths import ROOT
 
 # Every text a reader may open, beside those of the site; data/prose is what the tiny model learns from.
-PAGES = ["*.md", "docs/*.md", "*/README.md", "notebooks/*.ipynb"]
+PAGES = ["*.md", "docs/**.md", "*/README.md", "notebooks/*.ipynb"]
 
 
 def checked(root, out, pages=PAGES) -> subprocess.CompletedProcess:
