@@ -192,7 +192,7 @@ def test_a_right_answer_is_explained_and_a_wrong_one_is_not(number, capsys):
     with pytest.raises(AssertionError) as told:
         check(number, wrong)
     assert EXPLAINED[number] not in capsys.readouterr().out + str(told.value)
-    assert not [path for path in NOTEBOOKS if EXPLAINED[number].splitlines()[0] in sources_of(path)]
+    assert not [path for path in ALL if EXPLAINED[number].splitlines()[0] in sources_of(path)]
 
 
 def sources_of(path) -> str:
