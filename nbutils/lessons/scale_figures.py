@@ -75,6 +75,11 @@ def compare_with_records(runs: dict[str, dict]) -> None:
     plots.table(["run", "GPU planned", "GPU recorded", "off by", "host planned", "host recorded"], rows)
 
 
+def peak_gib(run: dict) -> float | None:
+    """GPU memory at the peak of a recorded run, in GiB a rank; None where it did not end well."""
+    return run["measured"]["gpu_peak_bytes"] / GIB if run["outcome"] == "ok" else None
+
+
 def draw_plans(
     plans: dict[str, Plan], recorded: dict[str, float | None], cards: Sequence[int] = (24, 48)
 ) -> None:
