@@ -12,7 +12,7 @@ from nbutils.common.provenance import provenance
 from nbutils.common.versions import STACK
 from nbutils.publishing import newest_environment, newest_items, newest_report
 from nbutils.publishing.newest_environment import CannotInstall, Environment
-from nbutils.publishing.newest_items import NOT_REACHED, SAME, Item, Look
+from nbutils.publishing.newest_items import BROKEN, NOT_REACHED, SAME, Item, Look
 
 VENV, OUT = Path(".venv-newest"), Path("runs/newest")
 PARTS = {
@@ -67,7 +67,7 @@ def chosen(names: list[str], wanted: list[str]) -> list[str]:
 
 
 def find_culprit(item: Item, look: Look, places: list[Environment], packages: list[str], folder: Path) -> str:
-    """Put back one package at a time until the item says again what it said.
+    """Put back one package at a time until the item says again what it says with the tested stack.
 
     Args:
         item: as it was found with all packages new; where it says how to look at less, only that is looked at.
@@ -81,7 +81,8 @@ def find_culprit(item: Item, look: Look, places: list[Environment], packages: li
     """
     locked, environment = places
     look = item.again or look
-    if look(locked).state != SAME:
+    tested = look(locked)  # what it is without any of them: SAME, unless the committed outputs are stale
+    if (tested.state, tested.details) == (item.state, item.details) or tested.state == item.state == BROKEN:
         return NO_PACKAGE
     for package in packages:
         try:
@@ -89,7 +90,8 @@ def find_culprit(item: Item, look: Look, places: list[Environment], packages: li
         except CannotInstall as problem:
             print(f"    {problem}", flush=True)
             continue
-        if look(back).state == SAME:
+        again = look(back)
+        if again.state == tested.state and (tested.state == SAME or again.details == tested.details):
             return package
     return NO_SINGLE
 

@@ -124,6 +124,19 @@ def test_the_culprit_is_the_package_that_heals_when_it_is_put_back(here, tmp_pat
     assert culprit([new, new], ["torch", "transformers"]) == newest.NO_PACKAGE
 
 
+def test_outputs_that_are_stale_hide_no_fault(here, tmp_path):
+    """With the tested stack one cell differs already; with the new ones a message has changed besides."""
+    stale = Item("lesson", DRIFTED, ["cell 31"])
+    (tmp_path / "peft/site-packages").mkdir(parents=True)
+    places = [Environment(here.python, here.tree, (Path("tested"),)), Environment(here.python, here.tree)]
+
+    def look(where: Environment) -> Item:
+        return stale if where.in_front else Item("lesson", OBSOLETE, ["cell 11", "cell 31"])
+
+    assert newest.find_culprit(look(places[1]), look, places, ["peft"], tmp_path) == "peft"
+    assert newest.find_culprit(stale, lambda _: stale, places, ["peft"], tmp_path) == newest.NO_PACKAGE
+
+
 def test_a_package_that_is_put_back_reaches_the_cells_of_a_notebook(here, tmp_path):
     (tmp_path / "only_in_front.py").write_text("")
     code = new_code_cell("import only_in_front\nprint('reached')", execution_count=2)
