@@ -33,7 +33,7 @@ def draw_change_kept(curve: dict[float, dict[str, float]], places: dict[str, flo
         axes.plot(curve.keys(), [kept[way] for kept in curve.values()], label=way)
     for number, (label, size) in enumerate(places.items()):
         axes.axvline(size, color=plots.BLACK, linestyle="--", linewidth=1, marker="")
-        side = "right" if size > 0.1 else "left"
+        side = "right" if size > 0.01 else "left"
         axes.text(size, 0.3 - 0.1 * number, f" {label} ", fontsize=8, ha=side)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
