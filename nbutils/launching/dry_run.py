@@ -1,7 +1,7 @@
 """A dry run at full size, without a download: random weights of the real shapes, the real script, a few real steps.
 
 Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
-Or on rows of your own, with the settings of the night:
+Or on rows of your own, with the settings of your parameter file:
 python -m nbutils dryrun --params configs/params/llama31_70b_2x24gb_fastest.yaml --data my_rows.jsonl
 """
 
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("--model", default="llama31_70b", help=f"one of {', '.join(SHAPES)}, a folder, or a hub id")
     option("--data", metavar="FILE", help="train on the rows of this file, or hub id, as they are")
     option("--tokenizer", metavar="MODEL", help="whose tokenizer reads them; left out: the model's")
-    option("--params", type=Path, help="settings of the night, as in configs/params")
+    option("--params", type=Path, help="the parameter file of your run, as in configs/params")
     option("--goal", type=Path, help="further settings, as in configs/goals")
     option("--layers", type=int, help="build only so many of its layers")
     option("--config", type=Path, help="for accelerate launch; left out: what fits this machine")
