@@ -84,7 +84,8 @@ def _epoch(report: DataReport, batch: Batch) -> str:
 
     return "\n".join(
         [
-            f"one epoch with {batch.rows} rows or packs a rank, {batch.ranks} ranks, {batch.accumulation} a step",
+            f"one epoch with {batch.rows} rows or packs a rank, {batch.ranks} ranks, "
+            f"{batch.accumulation} {'pass' if batch.accumulation == 1 else 'passes'} a step",
             f"  {'':12} {'rows':>8} {'text':>8} {'steps':>8} {'tokens a step':>16}",
             line("as they come", report.padded),
             line("packed", report.packed),

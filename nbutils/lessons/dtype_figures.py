@@ -84,7 +84,7 @@ def draw_angle_errors(frequencies: torch.Tensor, distances: Sequence[int]) -> No
     plots.show(
         figure, f"The worst angle's error grows in proportion to the distance. {told}. Half a turn is 3.14."
     )
-    plots.table(["distance", "worst error, radians", "tenth worst", "frequencies off by over 0.5"], rows)
+    plots.table(["distance", "worst error, radians", "tenth worst", "angles off by over 0.5"], rows)
 
 
 def draw_adapter_dtypes(record: dict) -> None:

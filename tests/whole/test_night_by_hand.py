@@ -135,7 +135,7 @@ def test_the_histogram_and_the_table_of_an_epoch(said, lengths):
     assert line("as they come") == [
         f"{ROWS:,}", f"{sum(cut) / computed:.0%}", f"{steps:,}", f"{computed / steps:,.0f}"
     ]  # fmt: skip
-    assert "one epoch with 4 rows or packs a rank, 2 ranks, 2 a step" in report
+    assert "one epoch with 4 rows or packs a rank, 2 ranks, 2 passes a step" in report
 
 
 def test_the_settings_are_those_of_the_file(said):
