@@ -369,6 +369,7 @@ def test_going_on_from_a_notebook_keeps_the_folder_and_its_parameters(tmp_path, 
     assert again.cells[-1].outputs[0].text == "9\n"
 
 
+@pytest.mark.ci  # refresh executes every lesson; this one starts papermill by itself
 @pytest.mark.notebook
 def test_plain_papermill_does_it_too(tmp_path):
     words = [sys.executable, "-m", "papermill", "notebooks/00_start_here.ipynb", str(tmp_path / "out.ipynb")]
