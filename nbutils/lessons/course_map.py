@@ -63,7 +63,7 @@ LESSONS = [
     Lesson(
         "06_scale_to_70b",
         "Will 70B fit, and how fast?",
-        1,
+        2,
         23,
         15,
         "GPUs for its dry run; recorded otherwise",
