@@ -241,7 +241,7 @@ def test_a_browser_walks_through_the_site_without_a_complaint(page, built, theme
     while True:
         look, faint = page.show(LOOK), page.show(FAINT)
         assert look["sideways"] <= 0, f"{look['address']} is wider than the window"
-        assert faint["words"] > 100 and faint["found"] == {}, look["address"]
+        assert faint["words"] > 50 and faint["found"] == {}, look["address"]
         grounds.add(page.show("getComputedStyle(document.body).backgroundColor"))
         seen[look["address"]] = (look, page.complaints, page.requests)
         if not page.show(f"!!{further}"):
