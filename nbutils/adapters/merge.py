@@ -197,7 +197,12 @@ def _copy_the_rest(base: Path, adapter: Path, out: Path) -> None:
     for source in (base, adapter):
         for file in source.iterdir():
             ours = file.name in ("config.json", RECORD) or file.name.startswith("adapter_")
-            if (file.suffix in endings or file.name.startswith(terms)) and not ours:
+            wanted = file.suffix in endings or file.name.startswith(terms)
+            if not wanted or ours:
+                continue
+            if file.is_dir():  # LICENSES/, as some models have it
+                shutil.copytree(file, out / file.name, dirs_exist_ok=True)
+            else:
                 shutil.copyfile(file, out / file.name)
     shutil.copyfile(base / "config.json", out / "config.json")
     fsync(out)

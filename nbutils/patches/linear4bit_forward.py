@@ -3,17 +3,12 @@
 Changes `Linear4bit.forward` of bitsandbytes. Ran with 0.50.2. We found no upstream issue of this one.
 """
 
-import os
-
 import bitsandbytes as bnb
 import torch
-from torch.nn import functional as F
 
 from nbutils.common.foreign_code import expect, source
 
 PLAIN = bnb.nn.Linear4bit.forward  # when this module is imported
-# For measuring: with 1 a weight that is unpacked to compute a layer again is kept for its backward pass.
-KEPT = os.environ.get("NBUTILS_KEEP_UNPACKED") == "1"
 
 
 def check() -> None:
@@ -53,7 +48,4 @@ def multiply(self: bnb.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
     Returns:
         `(..., out_features)`.
     """
-    if KEPT and x.requires_grad:
-        weight = bnb.functional.dequantize_4bit(self.weight, self.quant_state)
-        return F.linear(x, weight.to(x.dtype), self.bias)
     return bnb.matmul_4bit(x, self.weight, bias=self.bias, quant_state=self.quant_state)

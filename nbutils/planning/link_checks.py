@@ -48,6 +48,8 @@ def _between(record: dict) -> Check:
     if record["settings"]:
         told = " ".join(f"{name}={value}" for name, value in record["settings"].items())
         return Check("GPU to GPU", f"{record['failed']} {speed} with {told}", FAIL, record["advice"])
+    if record.get("without_peers"):
+        return Check("GPU to GPU", f"{speed}, through host memory, as NCCL_P2P_DISABLE=1 was set then")
     if all(len(rank["peers"]) == len(ranks) - 1 for rank in ranks):
         return Check("GPU to GPU", f"{speed}, with peer access")
     return Check("GPU to GPU", f"{speed}, through host memory; no peer access, and NCCL needs no setting")

@@ -142,14 +142,26 @@ def look(ranks: int, **how) -> dict:
                 f"{failure} With NCCL_P2P_DISABLE=1: {again} Look at /dev/shm and the driver."
             ) from None
         return {"ranks": found, "settings": WITHOUT_PEERS, "failed": str(failure), "advice": CURE}
-    return {"ranks": found, "settings": {}, "failed": None, "advice": _advice(found)}
+    return {"ranks": found, "settings": {}, "failed": None, "advice": advice(found)}
 
 
-def _advice(found: list[dict]) -> str:
+def without_peers() -> bool:
+    """Whether NCCL is told, by the environment, to leave peer access alone."""
+    return os.environ.get("NCCL_P2P_DISABLE") == "1"
+
+
+def advice(found: list[dict]) -> str:
+    """What follows from what was measured, in a sentence.
+
+    Args:
+        found: of each rank, as `measure` returns it.
+    """
     if found[0]["device"] == "cpu":
         return "A rehearsal on CPUs: gloo between processes, no link to a GPU."
     if len(found) == 1:
         return "One GPU: nothing passes between ranks."
+    if without_peers():
+        return "NCCL_P2P_DISABLE=1 is set here, so the gather went through host memory. Measure without it as well."
     if all(len(rank["peers"]) == len(found) - 1 for rank in found):
         return "The GPUs reach each other. NCCL needs no setting."
     return "The GPUs do not reach each other; NCCL goes through host memory by itself and needs no setting."
@@ -201,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = look(ranks)
     print(as_text(record))
     whole = {"what": "links of one machine", **provenance("python -m nbutils links"), **record}
+    whole["without_peers"] = without_peers()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = options.out.with_name(f"{options.out.name}.unfinished")
     unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -7,10 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# For measuring: with 1, looked-up rows go to the GPU from pinned memory, and the head sets out while layers compute.
-AHEAD = os.environ.get("NBUTILS_HEAD_AHEAD") == "1"
-LAYERS_AHEAD = 4  # of the last ones: the head's 2 GiB take as long as these compute, on a slow link
-
 
 class EmbeddingOnHost(nn.Module):
     """Look tokens up in host memory, and send the rows to the GPU.
@@ -32,11 +28,7 @@ class EmbeddingOnHost(nn.Module):
         Returns:
             `(batch, length, hidden)`, on the device of `ids`.
         """
-        if not (AHEAD and ids.is_cuda):
-            return F.embedding(ids.cpu(), self.weight).to(ids.device)
-        rows = torch.empty(*ids.shape, self.weight.shape[1], dtype=self.weight.dtype, pin_memory=True)
-        torch.index_select(self.weight, 0, ids.cpu().flatten(), out=rows.view(-1, rows.shape[-1]))
-        return rows.to(ids.device, non_blocking=True)
+        return F.embedding(ids.cpu(), self.weight).to(ids.device)
 
 
 class HeadOnHost(nn.Module):
@@ -53,8 +45,7 @@ class HeadOnHost(nn.Module):
     def __init__(self, table: torch.Tensor):
         super().__init__()
         self.on_host = table.pin_memory() if torch.cuda.is_available() else table
-        self.on_device, self.awaited = None, False
-        self.stream = torch.cuda.Stream() if AHEAD and torch.cuda.is_available() else None
+        self.on_device = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,25 +55,9 @@ class HeadOnHost(nn.Module):
     def fetch(self, decoder: nn.Module, inputs: tuple, output) -> None:
         """A forward hook of the decoder: the head is needed next."""
         hidden = output.last_hidden_state
-        if self.on_device is None:
-            self.on_device = self.on_host.to(hidden.device, non_blocking=True)
-        else:  # it has set out
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.on_device.record_stream(torch.cuda.current_stream())
-        self.awaited = False
+        self.on_device = self.on_host.to(hidden.device, non_blocking=True)
         if hidden.requires_grad:
             hidden.register_hook(self.drop)
-
-    def expect(self, *_) -> None:
-        """A forward pre-hook of the decoder: nothing of the last pass is left, and the head will be wanted."""
-        self.drop()
-        self.awaited = True
-
-    def set_out(self, *_) -> None:
-        """A forward pre-hook of one of the last layers, which runs again when a checkpoint computes the layer again."""
-        if self.awaited and self.on_device is None:
-            with torch.cuda.stream(self.stream):
-                self.on_device = self.on_host.to("cuda", non_blocking=True)
 
     def drop(self, *_) -> None:
         """The gradient has passed the head; or, after an evaluation, the next forward pass begins."""
@@ -122,10 +97,7 @@ def keep_embeddings_on_host(model: PreTrainedModel) -> PreTrainedModel:
     on_host = HeadOnHost(head.weight.detach())
     model.set_input_embeddings(EmbeddingOnHost(embedding.weight.detach()))
     model.set_output_embeddings(on_host)
-    model.get_decoder().register_forward_pre_hook(on_host.expect)
-    if on_host.stream is not None:
-        layers = model.get_decoder().layers
-        layers[max(0, len(layers) - LAYERS_AHEAD)].register_forward_pre_hook(on_host.set_out)
+    model.get_decoder().register_forward_pre_hook(on_host.drop)
     model.get_decoder().register_forward_hook(on_host.fetch)
     return model
 

@@ -37,6 +37,8 @@ def base(tmp_path_factory):
     assert len(list(folder.glob("*.safetensors"))) > 2
     (folder / "LICENSE.txt").write_text("terms")
     (folder / "NOTICE").write_text("they stay with the weights")
+    (folder / "LICENSES").mkdir()
+    (folder / "LICENSES" / "of-a-part.txt").write_text("more terms")
     return folder
 
 
@@ -100,7 +102,8 @@ def test_a_merge_that_was_stopped_goes_on(base, tmp_path, monkeypatch):
     done = merge(base, adapter, out, progress=False)
     assert done["skipped_files"] == sorted(finished)
     assert all((out / name).stat().st_mtime_ns == time for name, time in finished.items())
-    assert all((out / file.name).read_bytes() == file.read_bytes() for file in whole.iterdir())
+    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
+    assert files and all((out / file).read_bytes() == (whole / file).read_bytes() for file in files)
     assert not list(out.glob(".*"))
 
 

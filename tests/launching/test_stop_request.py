@@ -109,15 +109,21 @@ def test_a_sigterm_to_the_launch_is_a_chance_to_save(tmp_path):
     assert ranks_of(path) == []
 
 
-def test_a_sigterm_to_all_processes_at_once_lets_them_save_too(tmp_path):
-    """Slurm reaches torchrun as well, which then gives its ranks the same time, and not 30 s, and ends with 1."""
-    path = script(tmp_path)
+def asked_all_at_once(path, tmp_path) -> tuple[int, str]:
+    """SIGTERM to torchrun and its ranks when both are ready, as Slurm sends it: the launch's status and words."""
     launching = typed(path, tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
     for process in ranks_of(path):
         process.send_signal(signal.SIGTERM)
     _, said = launching.communicate(timeout=60)
-    assert launching.returncode == 75, said
+    return launching.returncode, said
+
+
+def test_a_sigterm_to_all_processes_at_once_lets_them_save_too(tmp_path):
+    """Slurm reaches torchrun as well, which then gives its ranks the same time, and not 30 s, and ends with 1."""
+    path = script(tmp_path)
+    status, said = asked_all_at_once(path, tmp_path)
+    assert status == 75, said
     assert len(list(tmp_path.glob("saved*"))) == 2
     assert "They have saved" in said
     log = (tmp_path / "launch.log").read_text()
@@ -131,10 +137,6 @@ def test_a_rank_that_has_not_saved_is_no_run_to_resume(tmp_path):
     path = script(
         tmp_path, SAVES.replace("end_to_be_resumed()\n", "end_to_be_resumed() if rank == '0' else 1 / 0\n")
     )
-    launching = typed(path, tmp_path)
-    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60)
-    for process in ranks_of(path):
-        process.send_signal(signal.SIGTERM)
-    _, said = launching.communicate(timeout=60)
-    assert launching.returncode == 1, said
+    status, said = asked_all_at_once(path, tmp_path)
+    assert status == 1, said
     assert "They have saved" not in said

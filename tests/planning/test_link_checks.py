@@ -64,3 +64,12 @@ def test_a_slow_host_link_is_told_with_what_to_do(tmp_path):
     wide, narrow = (said(tmp_path, record(host=host, between=host))["host to GPU"] for host in (25.0, 1.0))
     assert wide.verdict == OK and "25.0 GB/s" in wide.found
     assert narrow.verdict == WARN and "rows a step" in narrow.fix
+
+
+def test_a_measurement_with_peer_access_switched_off_says_so(tmp_path, monkeypatch):
+    check = said(tmp_path, record(peers=True, without_peers=True))["GPU to GPU"]
+    assert check.verdict == OK and "through host memory, as NCCL_P2P_DISABLE=1 was set" in check.found
+    two = [{"device": CARD, "peers": [1 - rank]} for rank in range(2)]
+    assert "needs no setting" in links.advice(two)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert "went through host memory" in links.advice(two)
