@@ -72,12 +72,13 @@ def _refresh(options: argparse.Namespace) -> int:
 def _workshop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=from_here("workshop"), help="folder for them")
     parser.add_argument("--prove", action="store_true", help="run the student edition out of the archive")
+    parser.add_argument("--only", metavar="NN,NN", help="of it, prove only these notebooks")
 
 
 def _workshop(options: argparse.Namespace) -> int:
     from nbutils.publishing.workshop_proof import main as workshop
 
-    return workshop(options.out, options.prove)
+    return workshop(options.out, options.prove, options.only.split(",") if options.only else None)
 
 
 def _site_arguments(parser: argparse.ArgumentParser) -> None:

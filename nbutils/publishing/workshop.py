@@ -15,6 +15,7 @@ import nbformat
 
 from nbutils.common.paths import ROOT
 from nbutils.publishing.runner import NOTEBOOKS
+from nbutils.publishing.solution_names import uses_of_solutions
 
 BEGIN, END = "# solution begin", "# solution end"
 SOLUTION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^\1{END}\n?", re.MULTILINE | re.DOTALL)
@@ -136,7 +137,8 @@ def build(out: Path, folder: Path = NOTEBOOKS) -> dict[str, int]:
         Name of a notebook -> number of its exercises.
 
     Raises:
-        BadMaster: a notebook has no teacher's notes, or its marks of solutions do not pair.
+        BadMaster: a notebook has no teacher's notes, its marks of solutions do not pair, or one of its cells needs a
+            solution.
     """
     notes, counts = teachers_notes(), {}
     for edition in ("student", "solutions"):
@@ -147,7 +149,13 @@ def build(out: Path, folder: Path = NOTEBOOKS) -> dict[str, int]:
             raise BadMaster(f"{NOTES.name} has no section `## {path.stem}`; each notebook needs one.")
         master = nbformat.read(path, as_version=4)
         counts[path.stem] = len(exercises(master))
-        nbformat.write(student(master), out / "student" / path.name)
+        shown = student(master)
+        for cell, name, exercise in uses_of_solutions(master, shown):
+            raise BadMaster(
+                f"{path.name}: cell {cell} uses `{name}`, which only the solution in cell {exercise} makes. "
+                "In the student edition it would fail; make the name before the exercise, or give it another."
+            )
+        nbformat.write(shown, out / "student" / path.name)
         nbformat.write(solutions(master, notes[path.stem]), out / "solutions" / path.name)
     pack(out / f"{NAME}.zip", out / "student")
     return counts

@@ -8,22 +8,26 @@ from pathlib import Path
 import nbformat
 
 from nbutils.common.paths import ROOT
-from nbutils.publishing.runner import NOTEBOOKS
+from nbutils.publishing.runner import NOTEBOOKS, select
 from nbutils.publishing.workshop import NAME, build, exercises
 
 SHORT = {"max_steps": 12}  # the training of notebook 04; no exercise asks how well it learned
 CELL_TIMEOUT = 900  # seconds
 
 
-def prove(out: Path, scratch: Path) -> list[str]:
+def prove(out: Path, scratch: Path, only: list[str] | None = None) -> list[str]:
     """Unpack the archive, run its notebooks in order, and compare the cells that fail with the exercises.
 
     Args:
         out: a folder that `build` has filled.
         scratch: folder for the unpacked archive; replaced.
+        only: numbers of notebooks, as "01b"; None means all.
 
     Returns:
         One sentence for each cell that fails and should not, or should and does not; empty if all is well.
+
+    Raises:
+        BadParameters: a number that no notebook has.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     with zipfile.ZipFile(out / f"{NAME}.zip") as archive:
@@ -31,7 +35,7 @@ def prove(out: Path, scratch: Path) -> list[str]:
     tree = scratch / NAME
     copy_tiny_bases(tree)
     wrong = []
-    for path in sorted((tree / "notebooks").glob("*.ipynb")):
+    for path in (entry.source for entry in select(tree / NOTEBOOKS, only=only)):
         declared = exercises(nbformat.read(ROOT / NOTEBOOKS / path.name, as_version=4))
         failed = failing_cells(run_through(path, tree))
         wrong += [f"{path.name}: {sentence}" for sentence in compare(declared, failed)]
@@ -93,13 +97,14 @@ def compare(declared: list[str], failed: dict[str, str]) -> list[str]:
     return wrong
 
 
-def main(out: Path, run: bool) -> int:
-    """Build the editions, and with `run` prove the student edition; return the exit status."""
+def main(out: Path, run: bool, only: list[str] | None = None) -> int:
+    """Build the editions, and with `run` prove the student edition, or `only` some; return the exit status."""
     counts = build(out)
     print(f"{out}/student, {out}/solutions: {len(counts)} notebooks, {sum(counts.values())} exercises")
     print(f"{out}/{NAME}.zip to hand out, {(out / f'{NAME}.zip').stat().st_size / 1e6:.1f} MB")
     if not run:
         return 0
-    wrong = prove(out, ROOT / "runs" / "workshop")
-    print("\n".join(wrong) or "The student edition fails at its exercises and nowhere else.")
+    wrong = prove(out, ROOT / "runs" / "workshop", only)
+    some = f", in {', '.join(only)}" if only else ""
+    print("\n".join(wrong) or f"The student edition fails at its exercises and nowhere else{some}.")
     return 1 if wrong else 0

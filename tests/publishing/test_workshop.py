@@ -11,6 +11,7 @@ from nbutils.common.paths import ROOT
 from nbutils.lessons.course_map import LESSONS
 from nbutils.publishing import workshop as editions
 from nbutils.publishing import workshop_proof as proving
+from nbutils.publishing.solution_names import uses_of_solutions
 
 MASTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXERCISE = (
@@ -58,6 +59,44 @@ BAD_MARKS = {
 def test_marks_that_do_not_pair_are_refused(source):
     with pytest.raises(editions.BadMaster, match="wanted one of each"):
         editions.student(master(source))
+
+
+FUNCTION = "def double(x):\n    # solution begin\n    return 2 * x\n    # solution end\n\n\ndouble(2)"
+NEEDS_A_SOLUTION = {
+    "a value": ([EXERCISE, "root + 1"], "root"),
+    "a value in a function": ([EXERCISE, "def more():\n    return root + 1"], "root"),
+    "a new name": (["# solution begin\nimport math\n# solution end", "math.pi"], "math"),
+    "a function": ([FUNCTION, "double(3)"], "double"),
+    "an exercise, before it raises": ([EXERCISE, "root + 1\n" + FUNCTION], "root"),
+}
+
+
+@pytest.mark.parametrize("sources, name", NEEDS_A_SOLUTION.values(), ids=NEEDS_A_SOLUTION.keys())
+def test_a_cell_that_needs_a_solution_is_found_without_running_it(sources, name):
+    notebook = master(*sources)
+    first, second = (cell.id for cell in notebook.cells[1:])
+    assert uses_of_solutions(notebook, editions.student(notebook)) == [(second, name, first)]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        "root = 1\nroot + 1",
+        "print(math.pi)",
+        EXERCISE.replace("math.sqrt(4)", "root"),
+        "%%writefile x\nroot +",
+    ],
+)
+def test_a_cell_that_needs_no_solution_passes(later):
+    notebook = master(EXERCISE, later)
+    assert not uses_of_solutions(notebook, editions.student(notebook))
+
+
+def test_a_master_whose_cells_need_a_solution_makes_no_workshop(tmp_path, monkeypatch):
+    monkeypatch.setattr(editions, "teachers_notes", lambda: {"00_first": "notes"})
+    nbformat.write(master(EXERCISE, "root + 1"), tmp_path / "00_first.ipynb")
+    with pytest.raises(editions.BadMaster, match=r"uses `root`, which only the solution in cell .* makes"):
+        editions.build(tmp_path / "out", tmp_path)
 
 
 @pytest.mark.parametrize("path", MASTERS, ids=lambda path: path.stem)
