@@ -372,12 +372,15 @@ def test_going_on_from_a_notebook_keeps_the_folder_and_its_parameters(tmp_path, 
 @pytest.mark.ci  # refresh executes every lesson; this one starts papermill by itself
 @pytest.mark.notebook
 def test_plain_papermill_does_it_too(tmp_path):
-    words = [sys.executable, "-m", "papermill", "notebooks/00_start_here.ipynb", str(tmp_path / "out.ipynb")]
-    words += ["-f", "configs/params/llama32_1b_1gpu.yaml", "-p", "model", "llama31_8b", "--no-progress-bar"]
+    """With a file and a word of the command line, which has the last say; in the shortest lesson."""
+    (tmp_path / "steps.yaml").write_text("step_seconds: 20.0\nstep_tokens: 2048\n")
+    words = [sys.executable, "-m", "papermill", "notebooks/07b_more_than_one_machine.ipynb"]
+    words += [str(tmp_path / "out.ipynb"), "-f", str(tmp_path / "steps.yaml")]
+    words += ["-p", "step_seconds", "33.0", "-p", "run_dir", str(tmp_path / "run"), "--no-progress-bar"]
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     said = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
-    assert "held against: llama31_8b" in said  # -p has the last word
+    assert "your step: one step of 2,048 tokens a GPU takes 33 s" in said
 
 
 def test_going_back_to_an_earlier_lesson_does_not_hide_what_was_trained(tmp_path, monkeypatch):
