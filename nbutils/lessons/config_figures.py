@@ -53,10 +53,11 @@ def draw_orders(orders: dict[str, list[tuple[str, str]]]) -> None:
     for row, events in enumerate(orders.values()):
         for column, (word, unit) in enumerate(events):
             early = is_early(events, column)
-            colour, hatch = (GREEN if early else SKY, "///" if early else "") if word == "get" else (ORANGE, "")
-            axis.barh(row, 0.94, left=column, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-            behind = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
-            axis.text(column + 0.47, row, f"{word} {unit[-1]}", ha="center", va="center", fontsize=9, bbox=behind)
+            colour = GREEN if early else SKY if word == "get" else ORANGE
+            axis.barh(row, 0.94, left=column, color=colour, hatch="///" if early else "", edgecolor="white")
+            label = {"ha": "center", "va": "center", "fontsize": 9}
+            label["bbox"] = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+            axis.text(column + 0.47, row, f"{word} {unit[-1]}", **label)
     axis.set_yticks(range(len(orders)), list(orders))
     axis.invert_yaxis()
     axis.set_xticks([])

@@ -56,7 +56,7 @@ LESSONS = [
         "05_save_verify_merge",
         "How do I get my model out?",
         1,
-        18,
+        19,
         15,
         "a run of 04; 70B merge: 150 GiB disk",
     ),
