@@ -64,7 +64,7 @@ def draw_orders(orders: dict[str, list[tuple[str, str]]]) -> None:
     axis.grid(False)
     axis.set_xlabel("order in the backward pass.  get 3: ask for the weights of layer 3;  do 3: compute it")
     axis.set_title("Only with whole layers as units is the next layer asked for early", loc="left")
-    names = {SKY: "asked for late: the GPU waits", GREEN: "asked for early", ORANGE: "computation"}
+    names = {SKY: "asked for late: little time to travel", GREEN: "asked for early", ORANGE: "computation"}
     patches = [Patch(color=colour, label=name) for colour, name in names.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=3)
     rows = [
