@@ -62,10 +62,11 @@ def draw_change_kept(
     figure, axes = plt.subplots(figsize=(6.8, 3.6))
     for way, called, place in (
         (INTO_BF16, "merged into the bf16 base, then rounded to NF4", (0.0021, 1.04)),
-        (INTO_NF4, "merged into\nthe NF4 base", (0.075, 0.5)),
+        (INTO_NF4, "merged into the NF4 base ", (0.066, 0.6)),
     ):
         (line,) = axes.plot(curve.keys(), [kept[way] for kept in curve.values()])
-        axes.annotate(called, place, color=line.get_color(), fontsize=10)
+        side = "left" if way == INTO_BF16 else "right"  # of the rising line: nothing else is drawn there
+        axes.annotate(called, place, color=line.get_color(), fontsize=10, ha=side)
     for label, (size, left) in real.items():
         axes.plot(size, left, "*", color=plots.BLACK, markersize=11)
         side = "left" if size < 0.01 else "right"
