@@ -1,8 +1,9 @@
 """Figures of lessons 01 and 01b: what a strategy keeps and moves, and in what order weights are asked for."""
 
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 
-from nbutils.lessons.plots import GREEN, ORANGE, SKY, show
+from nbutils.lessons.plots import GREEN, ORANGE, SKY, show, table
 
 
 def backward_order(events: list, layers: list[str]) -> list[tuple[str, str]]:
@@ -43,23 +44,44 @@ def draw_strategies(rows: dict[str, tuple[float, float, float]], unit: str, mode
 
 
 def draw_orders(orders: dict[str, list[tuple[str, str]]]) -> None:
-    """One row of boxes for each setting, in the order in which the rank issued gathers and computation.
+    """One row of boxes for each setting, in the order in which the rank issued gathers and computation; and as a table.
 
     Args:
-        orders: setting to what `backward_order` returned.
+        orders: setting to what `backward_order` returned; a line break in a setting's name is kept in the figure.
     """
-    figure, axis = plt.subplots(figsize=(7.2, 3.2))
+    figure, axis = plt.subplots(figsize=(7.2, 3.6))
     for row, events in enumerate(orders.values()):
         for column, (word, unit) in enumerate(events):
-            colour, edge = (SKY, 1.5) if word == "get" else (ORANGE, 0.0)
-            axis.barh(row, 0.94, left=column, color=colour, edgecolor="black", linewidth=edge)
-            axis.text(column + 0.45, row, f"{word} {unit[-1]}", ha="center", va="center", fontsize=8)
-    axis.set_yticks(range(len(orders)), [name.replace(", adapter", ",\nadapter") for name in orders])
+            early = is_early(events, column)
+            colour = GREEN if early else SKY if word == "get" else ORANGE
+            axis.barh(row, 0.94, left=column, color=colour, hatch="///" if early else "", edgecolor="white")
+            label = {"ha": "center", "va": "center", "fontsize": 9}
+            label["bbox"] = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+            axis.text(column + 0.47, row, f"{word} {unit[-1]}", **label)
+    axis.set_yticks(range(len(orders)), list(orders))
     axis.invert_yaxis()
     axis.set_xticks([])
     axis.grid(False)
-    axis.set_xlabel("time, as rank 0 sees it. get 3: ask for layer 3's weights; do 3: compute layer 3")
-    told = [
-        f"{name}: {', '.join(f'{word} {unit[-1]}' for word, unit in order)}" for name, order in orders.items()
+    axis.set_xlabel("order in the backward pass.  get 3: ask for the weights of layer 3;  do 3: compute it")
+    axis.set_title("Only with whole layers as units is the next layer asked for early", loc="left")
+    names = {SKY: "asked for late: little time to travel", GREEN: "asked for early", ORANGE: "computation"}
+    patches = [Patch(color=colour, label=name) for colour, name in names.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3)
+    rows = [
+        [name.replace("\n", " "), " ".join(word + unit[-1] for word, unit in order)]
+        for name, order in orders.items()
     ]
-    show(figure, "Order of events in the backward pass. " + "; ".join(told) + ".")
+    show(figure, "Order of events in the backward pass. " + "; ".join(": ".join(row) for row in rows) + ".")
+    table(["setting", "order"], rows)
+
+
+def is_early(events: list[tuple[str, str]], place: int) -> bool:
+    """Whether this event asks for a layer while another one still waits for its computation.
+
+    Args:
+        events: as `backward_order` returned them.
+        place: of the event among them.
+    """
+    asked = {unit for word, unit in events[:place] if word == "get"}
+    done = {unit for word, unit in events[:place] if word == "do"}
+    return events[place][0] == "get" and bool(asked - done)

@@ -44,7 +44,7 @@ LESSONS = [
         "Linux, Python 3.11 to 3.13",
     ),
     Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 17, 15, "nothing more"),
-    Lesson("01b_every_other_key", "What does each other key do?", 1, 16, 15, "nothing more; a reference"),
+    Lesson("01b_every_other_key", "What does each other key do?", 1, 18, 15, "nothing more; a reference"),
     Lesson(
         "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 9, 20, "nothing more"
     ),
@@ -56,7 +56,7 @@ LESSONS = [
         "05_save_verify_merge",
         "How do I get my model out?",
         1,
-        18,
+        19,
         15,
         "a run of 04; 70B merge: 150 GiB disk",
     ),

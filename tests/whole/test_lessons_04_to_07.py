@@ -2,7 +2,10 @@
 
 import ast
 import re
+import subprocess
+import sys
 
+import gguf
 import nbformat
 import pytest
 import torch
@@ -76,3 +79,24 @@ def test_of_the_three_adapters_one_is_an_adapter(tmp_path):
     )  # nothing of it arrived
     sizes = [(tmp_path / "x" / letter / FILE).stat().st_size for letter in found]
     assert max(sizes) < 1.2 * min(sizes)
+
+
+def test_the_look_into_a_base_shows_what_the_lesson_asks_of_it(tmp_path):
+    """The pattern of notebook 05, on a base file whose header is that of a 70B Instruct."""
+    (pattern,) = re.findall(r'gguf-dump BASE\S+ \| grep -E "(\S+)"', cell_of("05", "gguf-dump"))
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_name("Llama 3.1 70B Instruct")
+    writer.add_finetune("Instruct")
+    writer.add_block_count(80)
+    writer.add_chat_template("{% for message in messages %}")
+    writer.add_tensor("rope_freqs.weight", torch.ones(64).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    dump = [sys.executable, "-m", "gguf.scripts.gguf_dump", str(tmp_path / "base.gguf")]
+    printed = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    lines = [line for line in printed.splitlines() if re.search(pattern, line)]
+    wanted = ("general.name = 'Llama 3.1 70B Instruct'", "'Instruct'", "block_count = 80", "chat_template")
+    assert all(any(words in line for line in lines) for words in (*wanted, "rope_freqs.weight"))
+    assert len(lines) == 5
