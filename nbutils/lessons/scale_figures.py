@@ -187,11 +187,11 @@ def draw_speeds(runs: dict[str, dict]) -> None:
         style = {"color": plots.ORANGE} if capped else {"color": plots.BLUE, "hatch": "///"}
         axes.barh(row, speeds[label], 0.6, edgecolor="white", **style)
         peak = f"{run['measured']['gpu_peak_bytes'] / GIB:.1f} GiB" + ("" if capped else ", no cap")
-        notes[label] = f"{speeds[label]:,.0f}, {ratio:.2f} times; {peak}"
+        notes[label] = f"{speeds[label]:,.0f} tokens/s (x {ratio:.2f}), {peak}"
         axes.text(speeds[label], row, f" {notes[label]}", va="center", fontsize=8)
     axes.set_yticks(range(len(runs)), runs)
-    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.6 * max(speeds.values())))
-    axes.set_xlabel("tokens a second over both H200s; beside it the ratio, and GiB at the peak")
+    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.75 * max(speeds.values())))
+    axes.set_xlabel("tokens a second over both H200s; GiB: memory of a GPU at the peak")
     way = {label: label.split(",")[0] for label in runs}.get
     best = max((label for label in runs if runs[label]["config"]["cap_gib"]), key=speeds.get)
     title = (
