@@ -8,42 +8,38 @@ TEXTS = {"held_out_answers": "held-out answers", "prose": "prose"}
 
 
 def draw_damage(record: dict) -> None:
-    """Draw the recorded losses of a real model with exact and with changed packed weights.
+    """Draw the recorded losses of a real model with exact and with changed packed weights, and print them.
 
     Args:
         record: `benchmarks/results/smollm2_quantisation.json`.
     """
     cases = [{"case": "bf16, not quantised", "bytes_changed_share": 0.0, **record["bf16"]}, *record["nf4"]]
-    labels = [_named(case) for case in cases]
-    figure, axes = plt.subplots(figsize=(7.2, 4))
+    names = [
+        case["case"].replace("as it is", "exact").replace("copied as on CUDA", "CUDA's copy")
+        for case in cases
+    ]
+    figure, axes = plt.subplots(figsize=(7.2, 3.6))
     for offset, (key, text), colour, hatch in zip(
         (-0.2, 0.2), TEXTS.items(), (plots.BLUE, plots.SKY), ("", "///")
     ):
         places = [place + offset for place in range(len(cases))]
         axes.barh(places, [case[key] for case in cases], 0.38, color=colour, hatch=hatch, label=text)
-        for place, case in zip(places, cases):
-            axes.text(case[key], place, f" {case[key]:.2f}", va="center", fontsize=8)
     guess = record["guessing_all_tokens_alike"]
     axes.axvline(guess, color=plots.BLACK, linestyle="--", label=f"guessing, {guess:.2f}")
-    axes.set_yticks(range(len(cases)), labels)
+    axes.set_yticks(range(len(cases)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.1 * max(case[key] for case in cases for key in TEXTS))
     axes.set_xlabel("loss of SmolLM2-135M, nats a token")
     title = "A cast ruins a real model, and so does the copy with fp16 storage"
     axes.set_title(title, loc="right", fontsize=10)
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper right")
-    told = "; ".join(
-        f"{label}: {' and '.join(f'{case[key]:.4f}' for key in TEXTS)}" for label, case in zip(labels, cases)
-    ).replace("\n", ", ")
+    rows = [
+        (name, f"{case['bytes_changed_share']:.2%}", *(f"{case[key]:.4f}" for key in TEXTS))
+        for name, case in zip(names, cases)
+    ]
+    told = "; ".join(f"{name}: {answers} and {prose}" for name, _, answers, prose in rows)
     plots.show(figure, f"{title}. Losses on held-out answers and on prose: {told}; guessing {guess:.2f}.")
-
-
-def _named(case: dict) -> str:
-    """Storage and what happened to the bytes, and below it how many of them changed."""
-    name = case["case"].replace("as it is", "exact").replace("copied as on CUDA", "CUDA's copy")
-    share = case["bytes_changed_share"]
-    return f"{name}\n{share:.2%} of bytes changed" if share else name
+    plots.table(["SmolLM2-135M", "bytes changed", *(f"loss on {text}" for text in TEXTS.values())], rows)
 
 
 def cost_of_copy(record: dict, storage: str) -> float:

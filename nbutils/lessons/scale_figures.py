@@ -181,22 +181,25 @@ def draw_speeds(runs: dict[str, dict]) -> None:
     speeds = {label: run["measured"]["tokens_per_second"] for label, run in runs.items()}
     first = next(iter(speeds))
     figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(runs) + 1.2))
-    notes = {}
+    rows = []
     for row, (label, run) in enumerate(runs.items()):
         capped, ratio = run["config"]["cap_gib"], speeds[label] / speeds[first]
         style = {"color": plots.ORANGE} if capped else {"color": plots.BLUE, "hatch": "///"}
         axes.barh(row, speeds[label], 0.6, edgecolor="white", **style)
-        peak = f"{run['measured']['gpu_peak_bytes'] / GIB:.1f} GiB" + ("" if capped else ", no cap")
-        notes[label] = f"{speeds[label]:,.0f} tokens/s (x {ratio:.2f}), {peak}"
-        axes.text(speeds[label], row, f" {notes[label]}", va="center", fontsize=8)
+        axes.text(speeds[label], row, f" {speeds[label]:,.0f} (x {ratio:.2f})", va="center", fontsize=8)
+        peak = f"{run['measured']['gpu_peak_bytes'] / GIB:.1f}"
+        rows.append(
+            [label, f"{capped} GiB" if capped else "none", peak, f"{speeds[label]:,.0f}", f"{ratio:.2f}"]
+        )
     axes.set_yticks(range(len(runs)), runs)
-    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.75 * max(speeds.values())))
-    axes.set_xlabel("tokens a second over both H200s; GiB: memory of a GPU at the peak")
+    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.2 * max(speeds.values())))
+    axes.set_xlabel("tokens a second over both H200s; hatched: no cap")
     way = {label: label.split(",")[0] for label in runs}.get
     best = max((label for label in runs if runs[label]["config"]["cap_gib"]), key=speeds.get)
     title = (
         f"Under the cap, {way(best)} is {speeds[best] / speeds[first]:.1f} times as fast as the {way(first)}"
     )
     axes.set_title(title, loc="left", fontsize=10)
-    text = "; ".join(f"{label}: {note}" for label, note in notes.items())
-    plots.show(figure, f"{title}. Tokens a second, ratio, and GiB at the peak: {text}.")
+    text = "; ".join(f"{label} {speed:,.0f}" for label, speed in speeds.items())
+    plots.show(figure, f"{title}. Tokens a second over two H200s: {text}.")
+    plots.table(["", "cap", "GiB at the peak", "tokens/s", "ratio"], rows)

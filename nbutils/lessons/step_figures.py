@@ -237,3 +237,5 @@ def draw_seconds(shape: Shape, lanes: int = 4) -> None:
         for bar, parts in bars.items()
     )
     plots.show(figure, f"{title}. Estimated seconds for 16,384 tokens of text: {told}.")
+    rows = [[bar, *(f"{parts[key]:.0f}" for key in names)] for bar, parts in bars.items()]
+    plots.table(["ESTIMATE, seconds", *names.values()], rows)
