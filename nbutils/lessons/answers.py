@@ -27,6 +27,16 @@ def _longest_row() -> int:
     return max(n for n in range(1024, 32768, 1024) if fits(_plan_with_offload(n))[24] > 0)
 
 
+def _first_backward(length: int) -> str:
+    """The shortest row, in steps of 1,024 tokens, with which the backward pass of a layer is highest."""
+    if length % 1024 or length <= 0:
+        return "Take a multiple of 1,024 tokens."
+    moments = {n: _plan_with_offload(n).peak_moment for n in (length, length - 1024) if n > 0}
+    if moments.get(length) != "backward of a layer":
+        return f"With such rows another moment is highest: {moments.get(length)}."
+    return "" if moments.get(length - 1024) != "backward of a layer" else "A shorter row does it too."
+
+
 def _loss_stays(change) -> str:
     if abs(change) < UNCHANGED:
         return ""
@@ -164,10 +174,7 @@ ANSWERS: dict[str, Judge] = {
             + 1024: "That row is the first that does not fit. Mind what CUDA and NCCL take: `fits` does."
         },
     ),
-    "06.3": equal_to(
-        lambda: _plan_with_offload(8192).peak_moment,
-        {"wrapping": "Wrapping does not depend on the rows. Print the moments of the plan for 8,192 tokens."},
-    ),
+    "06.3": _first_backward,
     "06.4": _rows_for_chats,
     **ANSWERS_04_TO_07,
 }

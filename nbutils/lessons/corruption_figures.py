@@ -14,25 +14,31 @@ def draw_damage(record: dict) -> None:
         record: `benchmarks/results/smollm2_quantisation.json`.
     """
     cases = [{"case": "bf16, not quantised", "bytes_changed_share": 0.0, **record["bf16"]}, *record["nf4"]]
+    names = [
+        case["case"].replace("as it is", "exact").replace("copied as on CUDA", "CUDA's copy")
+        for case in cases
+    ]
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
     for offset, (key, text), colour, hatch in zip(
         (-0.2, 0.2), TEXTS.items(), (plots.BLUE, plots.SKY), ("", "///")
     ):
         places = [place + offset for place in range(len(cases))]
         axes.barh(places, [case[key] for case in cases], 0.38, color=colour, hatch=hatch, label=text)
-    axes.axvline(
-        record["guessing_all_tokens_alike"], color=plots.BLACK, linestyle="--", label="guessing all alike"
-    )
-    axes.set_yticks(range(len(cases)), [case["case"] for case in cases])
+    guess = record["guessing_all_tokens_alike"]
+    axes.axvline(guess, color=plots.BLACK, linestyle="--", label=f"guessing, {guess:.2f}")
+    axes.set_yticks(range(len(cases)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("loss, nats a token")
+    axes.set_xlabel("loss of SmolLM2-135M, nats a token")
+    title = "A cast ruins a real model, and so does the copy with fp16 storage"
+    axes.set_title(title, loc="right", fontsize=10)
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper right")
     rows = [
-        (c["case"], f"{c['bytes_changed_share']:.2%}", *(f"{c[key]:.4f}" for key in TEXTS)) for c in cases
+        (name, f"{case['bytes_changed_share']:.2%}", *(f"{case[key]:.4f}" for key in TEXTS))
+        for name, case in zip(names, cases)
     ]
-    told = "; ".join(f"{case}: {answers} and {prose}" for case, _, answers, prose in rows)
-    plots.show(figure, f"Losses of a real model on held-out answers and on prose. {told}.")
+    told = "; ".join(f"{name}: {answers} and {prose}" for name, _, answers, prose in rows)
+    plots.show(figure, f"{title}. Losses on held-out answers and on prose: {told}; guessing {guess:.2f}.")
     plots.table(["SmolLM2-135M", "bytes changed", *(f"loss on {text}" for text in TEXTS.values())], rows)
 
 

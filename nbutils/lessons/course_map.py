@@ -64,7 +64,7 @@ LESSONS = [
         "06_scale_to_70b",
         "Will 70B fit, and how fast?",
         2,
-        23,
+        21,
         15,
         "GPUs for its dry run; recorded otherwise",
     ),

@@ -1,22 +1,47 @@
 """The pictures and tables of lesson 06: the memory plan beside the cards, and predictions beside records."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import yaml
 
-from nbutils.lessons import plots
+from nbutils.lessons import plots, records
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.memory_plan import CARDS, Plan, left_gib, plan
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
 
-COLOURS = [plots.BLUE, plots.ORANGE, plots.SKY, plots.GREEN, plots.PURPLE, "#999999"]
-HATCHES = ["", "///", "...", "xxx", "\\\\\\"]
-SMALL = "items below 0.5 GiB"
+# Names of the recorded runs of 70B as the lesson says them, in its order.
+SEVENTY = {
+    "70b_fsdp1_cap_b1_l1024": "FSDP 1 without offload",
+    "70b_fsdp1_offload_cap_b1_l1024": "recipe of 2024, unpatched",
+    "70b_fsdp1_offload_cap_b1_l2048": "recipe of 2024",
+    "70b_fsdp1_offload_cap_b2_l2048": "recipe of 2024",
+    "70b_resident_cap_b2_l2048": "resident",
+    "70b_fast_cap_b4_l2048": "fastest",
+    "70b_long_cap_b1_l32768": "longest rows",
+    "70b_fewest_bytes_cap_b1_l1024": "fewest bytes",
+    "70b_big_cards_b2_l2048": "big cards",
+}
+# What a bar of the plan shows, and the items of the plan in it; all other items are the rest.
+PARTS = {
+    "scales of the 4-bit weights": {"quantisation state"},
+    "4-bit weights, this GPU's share": {"4-bit shards"},
+    "embedding and head, with copies": {
+        "embedding and head", "their flat copy", "shard of embedding and head", "head"
+    },
+    "inputs of all layers, kept": {"checkpointed layer inputs", "layers that keep everything"},
+    "the layer at work, and the next": {
+        "one layer computed again", "its gradients", "weights in bf16", "gathered layers", "next layer on its way"
+    },
+}  # fmt: skip
+REST = "the rest"
+STYLES = [
+    (plots.BLUE, ""), (plots.GREEN, "///"), (plots.ORANGE, "..."), (plots.SKY, ""), (plots.PURPLE, "xx"),
+    ("lightgrey", ""),
+]  # fmt: skip
 
 
 def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
@@ -29,6 +54,28 @@ def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
     runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     dry = {name: run for name, run in runs.items() if run.get("outcome") in ("ok", "oom")}
     return dict(sorted(dry.items(), key=lambda item: (not item[0].startswith("fit_"), item[0])))
+
+
+def recorded_70b() -> dict[str, dict]:
+    """The recorded runs of 70B by the name that the lesson gives them, with rows a GPU and tokens a row."""
+    runs = recorded_runs()
+    return {f"{name}, {rows_of(runs[file])}": runs[file] for file, name in SEVENTY.items()}
+
+
+def rows_of(run: dict) -> str:
+    """Rows a GPU and tokens a row, as `2 x 2,048`."""
+    return f"{run['config']['batch_size']} x {run['config']['seq_len']:,}"
+
+
+def where_from(runs: dict[str, dict]) -> str:
+    """One line for several records of one machine and day: where they were made, with all their commits.
+
+    Args:
+        runs: by any name.
+    """
+    commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
+    lines = {records.label(run | {"commit": commits, "date": run["date"][:10]}) for run in runs.values()}
+    return "\n".join(sorted(lines))
 
 
 def plan_of(run: dict) -> Plan:
@@ -58,102 +105,101 @@ def choices_of(run: dict) -> Choices:
 
 
 def compare_with_records(runs: dict[str, dict]) -> None:
-    """Print predicted beside recorded, one line a run.
+    """Print predicted beside recorded, one line a run: GiB of a GPU, and of the host for all ranks together.
 
     Args:
-        runs: from `recorded_runs`.
+        runs: records by label.
     """
     rows = []
     for name, run in runs.items():
-        expected, measured = plan_of(run), run["measured"]
+        expected, measured, ended = plan_of(run), run["measured"], run["outcome"] == "ok"
         peak = measured["gpu_peak_bytes"]
-        seen = f"{peak / GIB:.2f}" if run["outcome"] == "ok" else "out of memory"
-        off = f"{expected.gpu_peak_bytes / peak - 1:+.2%}" if run["outcome"] == "ok" else ""
+        seen = f"{peak / GIB:.2f}" if ended else "out of memory"
+        off = f"{expected.gpu_peak_bytes / peak - 1:+.2%}" if ended else ""
+        reserved = f"{measured['gpu_reserved_bytes'] / GIB:.1f}" if ended else ""
         host = expected.host_bytes * run["config"]["world_size"]
-        rows.append([name, f"{expected.gpu_peak_bytes / GIB:.2f}", seen, off, f"{host / GIB:.0f}",
+        rows.append([name, f"{expected.gpu_peak_bytes / GIB:.2f}", seen, off, reserved, f"{host / GIB:.0f}",
                      f"{measured['host_bytes'] / GIB:.0f}"])  # fmt: skip
-    plots.table(["run", "GPU planned", "GPU recorded", "off by", "host planned", "host recorded"], rows)
+    head = ["GiB", "GPU planned", "recorded", "off by", "reserved", "host planned", "recorded"]
+    plots.table(head, rows)
 
 
-def peak_gib(run: dict) -> float | None:
-    """GPU memory at the peak of a recorded run, in GiB a rank; None where it did not end well."""
-    return run["measured"]["gpu_peak_bytes"] / GIB if run["outcome"] == "ok" else None
-
-
-def draw_plans(
-    plans: dict[str, Plan], recorded: dict[str, float | None], cards: Sequence[int] = (24, 48)
-) -> None:
-    """Draw each plan as a stacked bar, with what was recorded and what cards of some sizes show.
+def draw_plans(runs: dict[str, dict], card: int = 24) -> None:
+    """Draw the plan of each run as a stacked bar, with what was recorded and the room on a card.
 
     Args:
-        plans: by label.
-        recorded: GiB by label; None where nothing was recorded.
-        cards: nominal sizes in GB.
+        runs: records by label.
+        card: nominal size in GB.
     """
-    parts = {label: _thick_parts(item) for label, item in plans.items()}
-    names = list(dict.fromkeys(name for part in parts.values() for name in part if name != SMALL))
-    figure, axes = plt.subplots(figsize=(7.2, 0.75 * len(plans) + 2.4))
-    for row, part in enumerate(parts.values()):
+    plans = {label: plan_of(run) for label, run in runs.items()}
+    room, errors = left_gib(CARDS[card]), []
+    figure, axes = plt.subplots(figsize=(7.2, 0.55 * len(plans) + 2))
+    for row, (label, planned) in enumerate(plans.items()):
         left = 0.0
-        for number, name in enumerate([*names, SMALL]):
-            gib = part.get(name, 0) / GIB
-            style = {"color": COLOURS[number % 6], "hatch": HATCHES[number // 6], "edgecolor": "white"}
-            if name == SMALL:
-                style = {"color": "lightgrey", "edgecolor": "white"}
-            axes.barh(row, gib, 0.6, left, linewidth=0.4, label=name, **style)
-            left += gib
-    for row, label in enumerate(plans):
-        if recorded.get(label):
-            axes.plot(recorded[label], row, marker="D", color=plots.BLACK, linestyle="", markersize=6)
-    room = {card: left_gib(CARDS[card]) for card in cards}
-    for card in cards:
-        axes.axvline(room[card], color=plots.VERMILION, linestyle="--", linewidth=1, marker="")
-        axes.text(room[card], -0.4, f" {card} GB card", color=plots.VERMILION, fontsize=8)
-    axes.set_yticks(range(len(plans)), plans)
-    axes.set_ylim(len(plans) - 0.5, -0.6)
-    axes.set_xlabel("GiB on each GPU at the highest moment; diamond: recorded")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
+        for (part, size), (colour, hatch) in zip(parts_of(planned).items(), STYLES, strict=True):
+            axes.barh(row, size / GIB, 0.6, left, color=colour, hatch=hatch, edgecolor="white", label=part)
+            left += size / GIB
+        run = runs[label]
+        if run["outcome"] == "ok":
+            seen = run["measured"]["gpu_peak_bytes"] / GIB
+            errors.append(abs(left / seen - 1))
+            axes.plot(seen, row, marker="D", color=plots.BLACK, linestyle="", markersize=6, label="recorded")
+        else:
+            axes.text(left, row, " ran out of memory", va="center", fontsize=8)
+    axes.axvline(room, color=plots.VERMILION, linestyle="--", linewidth=1, marker="")
+    axes.text(room, -0.45, f" room on a {card} GB card", color=plots.VERMILION, fontsize=8)
+    axes.set_yticks(range(len(plans)), [f"{label}\n{item.peak_moment}" for label, item in plans.items()])
+    axes.set(ylim=(len(plans) - 0.5, -0.7), xlabel="GiB on each GPU at the highest moment, planned")
+    axes.set_xlim(0, 1.25 * max(item.gpu_peak_bytes / GIB for item in plans.values()))
+    title = f"The recorded peaks (diamonds) lie within {max(errors):.1%} of the plan"
+    axes.set_title(title, loc="left", fontsize=10)
+    unique = dict(zip(*reversed(axes.get_legend_handles_labels())))
     figure.legend(unique.values(), unique.keys(), fontsize=8, ncols=2, loc="outside lower center")
     text = "; ".join(
-        f"{label}: planned {item.gpu_peak_bytes / GIB:.1f} GiB"
-        + (f", recorded {recorded[label]:.1f}" if recorded.get(label) else "")
+        f"{label}: {item.peak_moment}, planned {item.gpu_peak_bytes / GIB:.1f} GiB, {_seen(runs[label])}"
         for label, item in plans.items()
     )
-    lines = ", ".join(f"{card} GB card {gib:.1f} GiB" for card, gib in room.items())
-    plots.show(figure, f"Stacked bars of the memory plan. {text}. Dashed lines, room for PyTorch: {lines}.")
+    plots.show(figure, f"{title}. {text}. A {card} GB card leaves {room:.1f} GiB.")
 
 
-def _thick_parts(item: Plan) -> dict[str, int]:
-    """The items of a plan in bytes; those that would be a hairline are put together."""
-    thick = {name: size for name, size in item.gpu.items() if size >= 0.5 * GIB}
-    return thick | {SMALL: sum(item.gpu.values()) - sum(thick.values())}
+def parts_of(planned: Plan) -> dict[str, int]:
+    """The items of a plan at its highest moment in bytes, put together as `PARTS` and the rest."""
+    found = {part: sum(planned.gpu.get(item, 0) for item in sorted(items)) for part, items in PARTS.items()}
+    return found | {REST: sum(planned.gpu.values()) - sum(found.values())}
+
+
+def _seen(run: dict) -> str:
+    return f"recorded {run['measured']['gpu_peak_bytes'] / GIB:.1f}" if run["outcome"] == "ok" else "no room"
 
 
 def draw_speeds(runs: dict[str, dict]) -> None:
     """Draw tokens a second of recorded runs, the first as the baseline, with memory and ratio beside each bar.
 
     Args:
-        runs: by label.
+        runs: by label, under a cap or without one.
     """
-    speeds = [run["measured"]["tokens_per_second"] for run in runs.values()]
-    figure, axes = plt.subplots(figsize=(7.2, 0.55 * len(runs) + 1.2))
+    speeds = {label: run["measured"]["tokens_per_second"] for label, run in runs.items()}
+    first = next(iter(speeds))
+    figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(runs) + 1.2))
     rows = []
     for row, (label, run) in enumerate(runs.items()):
-        config, peak = run["config"], run["measured"]["gpu_peak_bytes"] / GIB
-        colour = plots.ORANGE if config["cap_gib"] else plots.BLUE
-        axes.barh(
-            row, speeds[row], 0.6, color=colour, hatch="" if config["cap_gib"] else "///", edgecolor="white"
+        capped, ratio = run["config"]["cap_gib"], speeds[label] / speeds[first]
+        style = {"color": plots.ORANGE} if capped else {"color": plots.BLUE, "hatch": "///"}
+        axes.barh(row, speeds[label], 0.6, edgecolor="white", **style)
+        axes.text(speeds[label], row, f" {speeds[label]:,.0f} (x {ratio:.2f})", va="center", fontsize=8)
+        peak = f"{run['measured']['gpu_peak_bytes'] / GIB:.1f}"
+        rows.append(
+            [label, f"{capped} GiB" if capped else "none", peak, f"{speeds[label]:,.0f}", f"{ratio:.2f}"]
         )
-        ratio = speeds[row] / speeds[0]
-        axes.text(speeds[row], row, f" {speeds[row]:,.0f} tokens/s, {ratio:.2f} x", va="center", fontsize=8)
-        shape = f"{config['batch_size']} x {config['seq_len']:,}"
-        cap = f"{config['cap_gib']} GiB" if config["cap_gib"] else "none"
-        rows.append([label, shape, cap, f"{peak:.1f}", f"{speeds[row]:,.0f}", f"{ratio:.2f}"])
     axes.set_yticks(range(len(runs)), runs)
-    axes.set_ylim(len(runs) - 0.5, -0.6)
-    axes.set_xlim(0, 1.45 * max(speeds))
-    axes.set_xlabel("tokens a second over both GPUs; hatched: no cap")
-    text = "; ".join(f"{label} {speed:,.0f}" for label, speed in zip(runs, speeds))
-    plots.show(figure, f"Bars of tokens a second over two H200s: {text}.")
-    plots.table(["", "rows a GPU", "cap", "GiB at the peak", "tokens/s", "ratio"], rows)
+    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.2 * max(speeds.values())))
+    axes.set_xlabel("tokens a second over both H200s; hatched: no cap")
+    way = {label: label.split(",")[0] for label in runs}.get
+    best = max((label for label in runs if runs[label]["config"]["cap_gib"]), key=speeds.get)
+    title = (
+        f"Under the cap, {way(best)} is {speeds[best] / speeds[first]:.1f} times as fast as the {way(first)}"
+    )
+    axes.set_title(title, loc="left", fontsize=10)
+    text = "; ".join(f"{label} {speed:,.0f}" for label, speed in speeds.items())
+    plots.show(figure, f"{title}. Tokens a second over two H200s: {text}.")
+    plots.table(["", "cap", "GiB at the peak", "tokens/s", "ratio"], rows)

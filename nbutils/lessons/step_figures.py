@@ -67,6 +67,19 @@ def slow_link_rows() -> list[tuple[str, float, float, float, float]]:
     return rows
 
 
+def slow_link_summary() -> list[list[str]]:
+    """Those steps, one row a setting: GB in, seconds over the fastest and the slowest link, errors of the estimate."""
+    steps, rows = slow_link_rows(), []
+    for name in dict.fromkeys(step[0] for step in steps):
+        own = [step for step in steps if step[0] == name]
+        off = [guess / seen - 1 for *_, seen, guess in own]
+        slowest = min((step for step in own if step[1]), key=lambda step: step[1])
+        seconds = (next(step for step in own if not step[1])[3], slowest[3])
+        rows.append([name.replace("_", " "), f"{own[0][2]:.1f}", *(f"{second:.2f}" for second in seconds),
+                     f"{seconds[1] / seconds[0]:.1f}", f"{min(off):+.0%} to {max(off):+.0%}"])  # fmt: skip
+    return rows
+
+
 def errors(fsdp_version: int) -> dict[str, float]:
     """Estimated beside recorded step, less one, of every record with full rows on two GPUs and enough of them.
 
@@ -183,7 +196,7 @@ def _parts(step: StepEstimate, fill: float) -> dict[str, float]:
 
 
 def draw_seconds(shape: Shape, lanes: int = 4) -> None:
-    """Draw `seconds_of_a_step` of both cards, bars on top of each other, and print it.
+    """Draw `seconds_of_a_step` of both cards, bars on top of each other.
 
     Args:
         shape: of the model.
@@ -201,22 +214,28 @@ def draw_seconds(shape: Shape, lanes: int = 4) -> None:
         "beside": "the rest",
     }
     styles = [(plots.BLUE, ""), (plots.SKY, "///"), (plots.VERMILION, "xx"), ("lightgrey", "")]
-    figure, axes = plt.subplots(figsize=(7.2, 3.6))
+    figure, axes = plt.subplots(figsize=(7.2, 3.9))
+    group = len(bars) // len(STATED)
+    places = [place + 0.5 * (place // group) for place in range(len(bars))]
     left = [0.0] * len(bars)
     for (key, name), (colour, hatch) in zip(names.items(), styles, strict=True):
         widths = [parts[key] for parts in bars.values()]
-        axes.barh(
-            range(len(bars)), widths, 0.6, left, color=colour, hatch=hatch, edgecolor="white", label=name
-        )
+        axes.barh(places, widths, 0.7, left, color=colour, hatch=hatch, edgecolor="white", label=name)
         left = [start + width for start, width in zip(left, widths)]
-    axes.set_yticks(range(len(bars)), bars)
+    for place, total in zip(places, left):
+        axes.text(total, place, f" {total:.0f} s", va="center", fontsize=8)
+    axes.set_yticks(places, bars)
     axes.invert_yaxis()
-    axes.set_xlabel(f"ESTIMATE: seconds for 16,384 tokens of text, PCIe 4.0 x{lanes}")
+    axes.set(
+        xlim=(0, 1.1 * max(left)), xlabel=f"ESTIMATE: seconds for 16,384 tokens of text, PCIe 4.0 x{lanes}"
+    )
+    title = "Who waits for weights: the recipe of 2024, and chats that are not packed"
+    axes.set_title(title, loc="right", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), ncols=4, fontsize=8, loc="outside lower center")
-    rows = [[bar, *(f"{parts[key]:.1f}" for key in names)] for bar, parts in bars.items()]
     told = "; ".join(
         f"{bar} " + ", ".join(f"{names[key]} {parts[key]:.1f}" for key in names)
         for bar, parts in bars.items()
     )
-    plots.show(figure, f"Stacked bars of estimated seconds for 16,384 tokens of text: {told}.")
+    plots.show(figure, f"{title}. Estimated seconds for 16,384 tokens of text: {told}.")
+    rows = [[bar, *(f"{parts[key]:.0f}" for key in names)] for bar, parts in bars.items()]
     plots.table(["ESTIMATE, seconds", *names.values()], rows)
