@@ -69,5 +69,5 @@ LESSONS = [
         "GPUs for its dry run; recorded otherwise",
     ),
     Lesson("07_when_it_breaks", "I see this message.", 1, 9, 15, "nothing more"),
-    Lesson("07b_more_than_one_machine", "What if one machine is not enough?", 1, 12, 15, "nothing more"),
+    Lesson("07b_more_than_one_machine", "What if one machine is not enough?", 1, 14, 15, "nothing more"),
 ]
