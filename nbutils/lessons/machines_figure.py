@@ -64,10 +64,12 @@ def draw_two_machines(shape: Shape, step_seconds: float, whose: str) -> None:
     axes.set_ylabel("times one machine, predicted")
     axes.set_xticks(gigabits(links), [f"{speed:g}" for speed in gigabits(links)])
     axes.minorticks_off()
-    figure.legend(fontsize=9, ncols=3, loc="outside lower center")
+    for style, label in (("-", "nothing hides"), ("--", "all hides")):
+        axes.plot([], [], color=plots.BLACK, marker="", linestyle=style, label=label)
+    figure.legend(fontsize=9, ncols=5, columnspacing=1.1, handlelength=1.6, loc="outside lower center")
     safe = gigabits(link_that_pays(bytes_between_machines(shape, TWO_BY_TWO, 2), step_seconds))
     title = f"{whose}: above {safe:.3g} Gbit/s FULL_SHARD pays even if nothing hides"
-    axes.set_title(title + "\nsolid: no sending hides behind computing; dashed: all of it does", fontsize=10)
+    axes.set_title(title.replace(": ", ":\n"), fontsize=10)
     rows = [
         [link, *(f"{ranges[name][place][0]:.2f} to {ranges[name][place][1]:.2f}" for name in STRATEGIES)]
         for place, link in enumerate(LINKS)
