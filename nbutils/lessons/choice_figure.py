@@ -6,7 +6,7 @@ from nbutils.lessons import plots
 
 # question -> (what it leads to with the first answer, with the second); each answer with its words
 QUESTIONS = {
-    "Does for_machine write\noffload: false?": (
+    "Do the shards fit\nwithout offload?": (
         ("yes", "config_fsdp.yaml\nwith offload: false"),
         ("no", "Has the machine\n64 GiB of host memory?"),
     ),
@@ -23,7 +23,7 @@ QUESTIONS = {
 
 def draw_choice() -> None:
     """Draw the questions from left to right with the config that each leads to, and print them as a table."""
-    figure, axes = plt.subplots(figsize=(7.6, 2.2))
+    figure, axes = plt.subplots(figsize=(7.6, 2.5))
     places = {question: (2.7 * step, 1.0) for step, question in enumerate(QUESTIONS)}
     for (x, _), ((_, first), (_, second)) in zip(list(places.values()), QUESTIONS.values()):
         places.setdefault(first, (x, -0.4))
@@ -42,13 +42,15 @@ def draw_choice() -> None:
             axes.text(*beside, words, fontsize=8, ha="left" if to_x == x else "center")
     axes.set(xlim=(-1.1, 9.3), ylim=(-0.8, 1.4))
     axes.axis("off")
+    title = "Which config for Llama 3.1 70B? Three questions"
+    axes.set_title(title, fontsize=10)
     rows = [
         [_line(question), words, _line(target)]
         for question, answers in QUESTIONS.items()
         for words, target in answers
     ]
     told = "; ".join(f"{question} {words}: {target}" for question, words, target in rows)
-    plots.show(figure, f"A tree of three questions. {told}.")
+    plots.show(figure, f"{title}. {told}.")
     plots.table(["question", "answer", "then"], rows)
 
 

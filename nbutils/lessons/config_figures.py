@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-from nbutils.lessons.plots import GREEN, ORANGE, SKY, show, table
+from nbutils.lessons.plots import BLACK, BLUE, GREEN, ORANGE, SKY, show, table
 
 
 def backward_order(events: list, layers: list[str]) -> list[tuple[str, str]]:
@@ -21,26 +21,32 @@ def backward_order(events: list, layers: list[str]) -> list[tuple[str, str]]:
     return [(words[e[0]], e[1]) for e in events[begin + 1 :] if e[0] in words and e[1] in layers]
 
 
-def draw_strategies(rows: dict[str, tuple[float, float, float]], unit: str, model: str) -> None:
-    """Bars of the bytes on a rank beside the bytes that it receives.
+def draw_strategies(rows: dict[str, tuple[float, float, float]], title: str, card: float) -> None:
+    """Bars of the GiB on a rank beside the GiB that it receives, each with its number.
 
     Args:
-        rows: setting to (kept all the time, gathered between the passes, received in a step).
-        unit: of these numbers.
-        model: whose weights they are.
+        rows: setting to GiB (kept all the time, gathered between the passes, received in a step).
+        title: what the figure says.
+        card: memory of a GPU in GiB, drawn as a line.
     """
     names = list(rows)
     kept, held, moved = zip(*rows.values())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.0), sharey=True)
-    left.barh(names, kept, label="kept all the time")
-    left.barh(names, held, left=kept, hatch="///", label="gathered, between the passes")
-    left.set_xlabel(f"{unit} of weights on a rank ({model})")
-    left.legend(loc="upper center", bbox_to_anchor=(0.4, 1.28), fontsize=8)
-    left.invert_yaxis()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True, width_ratios=(3, 2))
+    left.barh(names, kept, color=BLUE, label="kept all the time")
+    left.barh(names, held, left=kept, color=SKY, hatch="///", label="gathered, between the passes")
+    left.axvline(card, color=BLACK, marker="", linestyle="--", label="a 24 GB card")
     right.barh(names, moved, color=GREEN)
-    right.set_xlabel(f"{unit} received by a rank in a step")
-    told = [f"{n}: {a:.1f} {unit} kept, {b:.1f} gathered, {c:.1f} moved" for n, (a, b, c) in rows.items()]
-    show(figure, f"Bars for each setting, {model}. " + "; ".join(told) + ".")
+    for row, (base, extra, received) in enumerate(rows.values()):
+        total = f"{base + extra:.1f}" if extra else f"{base:.1f}"
+        left.text(max(base + extra, card) + 0.8, row, total, va="center", fontsize=9)
+        right.text(received + 0.6, row, f"{received:.1f}", va="center", fontsize=9)
+    left.set(xlabel="GiB of weights on a GPU", xlim=(0, 1.18 * max(map(sum, zip(kept, held)))))
+    right.set(xlabel="GiB that a GPU receives in a step", xlim=(0, 1.2 * max(moved)))
+    left.invert_yaxis()
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*left.get_legend_handles_labels(), ncols=3, fontsize=9, loc="outside lower center")
+    told = [f"{n}: {a:.1f} GiB kept, {b:.1f} gathered, {c:.1f} received" for n, (a, b, c) in rows.items()]
+    show(figure, f"{title}. Bars for each setting, beside a card of {card} GiB. " + "; ".join(told) + ".")
 
 
 def draw_orders(orders: dict[str, list[tuple[str, str]]]) -> None:

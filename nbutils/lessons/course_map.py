@@ -43,7 +43,7 @@ LESSONS = [
         10,
         "Linux, Python 3.11 to 3.13",
     ),
-    Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 17, 15, "nothing more"),
+    Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 19, 15, "nothing more"),
     Lesson("01b_every_other_key", "What does each other key do?", 1, 18, 15, "nothing more; a reference"),
     Lesson(
         "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 9, 20, "nothing more"
@@ -69,5 +69,5 @@ LESSONS = [
         "GPUs for its dry run; recorded otherwise",
     ),
     Lesson("07_when_it_breaks", "I see this message.", 1, 9, 15, "nothing more"),
-    Lesson("07b_more_than_one_machine", "What if one machine is not enough?", 1, 12, 15, "nothing more"),
+    Lesson("07b_more_than_one_machine", "What if one machine is not enough?", 1, 14, 15, "nothing more"),
 ]

@@ -22,68 +22,78 @@ def gigabits(link):
     return link * 8 / 1e9
 
 
-def draw_two_machines(shape: Shape, tokens: int, step_seconds: float) -> None:
-    """Draw and print tokens a second of two machines of two GPUs, over links of all speeds, beside one machine.
+def times_one(sent: int, step_seconds: float, link: float) -> tuple[float, float]:
+    """Speed of two machines in times one machine's, if nothing of the sending hides and if all of it does.
+
+    Args:
+        sent: bytes of a step, from `bytes_between_machines`.
+        step_seconds: of a step on one machine.
+        link: bytes a second.
+    """
+    low, high = tokens_per_second(1, 4, step_seconds, sent, link)
+    return low * step_seconds / 2, high * step_seconds / 2
+
+
+def draw_two_machines(shape: Shape, step_seconds: float, whose: str) -> None:
+    """Draw and print the speed of two machines of two GPUs, in times one machine, over links of all speeds.
 
     Args:
         shape: of the model.
-        tokens: of a rank and step.
         step_seconds: of a step on one machine.
+        whose: step that is, in a few words.
     """
-    one = 2 * tokens / step_seconds
-    figure, axes = plt.subplots()
+    figure, axes = plt.subplots(figsize=(6.8, 3.4))
     links = np.array([*LINKS.values()])
     between = np.geomspace(links.min(), links.max(), 80)
-    rows = []
+    ranges = {}
     for name, (hybrid, colour, marker) in STRATEGIES.items():
         sent = bytes_between_machines(shape, TWO_BY_TWO, 2, hybrid=hybrid)
-        speeds = {}
-        for hides, style, label in ((False, "-", "nothing hides"), (True, "--", "all hides")):
-            curve, speeds[hides] = (
-                [tokens_per_second(tokens, 4, step_seconds, sent, link)[hides] for link in places]
-                for places in (between, links)
-            )
-            look = {"color": colour, "linestyle": style}
-            axes.plot(gigabits(between), curve, marker="", label=f"{name}, {label}", **look)
-            axes.plot(gigabits(links), speeds[hides], marker=marker, **(look | {"linestyle": ""}))
-        rows += [
-            (name, link, f"{low:,.0f}", f"{high:,.0f}", f"{low / one:.2f} to {high / one:.2f}")
-            for link, low, high in zip(LINKS, speeds[False], speeds[True])
-        ]
-    axes.axhline(one, color=plots.BLACK, marker="", linestyle=":", label="one machine")
-    axes.set(xscale="log", xlabel="link between the machines, Gbit/s", ylim=(0, None))
-    axes.set_ylabel("tokens/s over all ranks, predicted")
+        low, high = zip(*(times_one(sent, step_seconds, link) for link in between))
+        axes.fill_between(gigabits(between), low, high, color=colour, alpha=0.25)
+        axes.plot(gigabits(between), low, color=colour, marker="")
+        axes.plot(gigabits(between), high, color=colour, marker="", linestyle="--")
+        ranges[name] = [times_one(sent, step_seconds, link) for link in links]
+        at_worst = [worst for worst, _ in ranges[name]]
+        axes.plot(gigabits(links), at_worst, color=colour, marker=marker, linestyle="", label=name)
+        for link, worst in zip(links, at_worst):
+            if worst < 1.9 or not hybrid:
+                place = {"xytext": (18, -8), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(f"{worst:.2f}", (gigabits(link), worst), **place)
+    axes.axhline(1, color=plots.BLACK, marker="", linestyle=":", label="one machine")
+    axes.set(xscale="log", xlabel="link between the machines, Gbit/s", ylim=(-0.15, 2.1), xlim=(0.85, 640))
+    axes.set_ylabel("times one machine, predicted")
     axes.set_xticks(gigabits(links), [f"{speed:g}" for speed in gigabits(links)])
     axes.minorticks_off()
-    axes.legend(fontsize=8)
-    told = "; ".join(f"{name}, {link}: {times} times one machine" for name, link, *_, times in rows)
-    plots.show(figure, f"Predicted speed of two machines; one makes {one:.0f} tokens a second. {told}.")
-    plots.table(["strategy", "link", "tokens/s at worst", "at best", "times one machine"], rows)
+    for style, label in (("-", "nothing hides"), ("--", "all hides")):
+        axes.plot([], [], color=plots.BLACK, marker="", linestyle=style, label=label)
+    figure.legend(fontsize=9, ncols=5, columnspacing=1.1, handlelength=1.6, loc="outside lower center")
+    safe = gigabits(link_that_pays(bytes_between_machines(shape, TWO_BY_TWO, 2), step_seconds))
+    title = f"{whose}: above {safe:.3g} Gbit/s FULL_SHARD pays even if nothing hides"
+    axes.set_title(title.replace(": ", ":\n"), fontsize=10)
+    rows = [
+        [link, *(f"{ranges[name][place][0]:.2f} to {ranges[name][place][1]:.2f}" for name in STRATEGIES)]
+        for place, link in enumerate(LINKS)
+    ]
+    told = "; ".join(f"{link}: FULL_SHARD {full}, HYBRID_SHARD {hybrid}" for link, full, hybrid in rows)
+    plots.show(figure, f"{title}. Predicted speed in times one machine, by the link. {told}.")
+    plots.table(["link", *STRATEGIES], rows)
 
 
-def worth_of_two(shape: Shape, step_seconds: float, link: str = "10 Gbit/s") -> str:
-    """Whether two machines of two GPUs are faster than one under FULL_SHARD, and from which link on, in words.
+def worth_of_two(shape: Shape, step_seconds: float, gbit: float) -> None:
+    """Print whether two machines of two GPUs are faster than one over a link, and from which link on.
 
     Args:
         shape: of the model.
         step_seconds: of a step on one machine.
-        link: between the machines, a name of `LINKS`.
-
-    Returns:
-        Two sentences.
+        gbit: of the link between the machines, in Gbit/s.
     """
-    sent = bytes_between_machines(shape, TWO_BY_TWO, 2)
-    low, high = (
-        speed * step_seconds / 2 for speed in tokens_per_second(1, 4, step_seconds, sent, LINKS[link])
-    )
-    if low > 1:
-        verdict = "faster than one even if nothing hides"
-    elif high > 1:
-        verdict = "faster than one only if the sending hides"
-    else:
-        verdict = "slower than one whatever hides"
-    safe, best = (gigabits(link_that_pays(sent, step_seconds, hides)) for hides in (False, True))
-    return (
-        f"FULL_SHARD on two machines over {link}: {low:.2f} to {high:.2f} times one machine, {verdict}.\n"
-        f"They are as fast as one over {best:.1f} Gbit/s if all hides, over {safe:.1f} Gbit/s if nothing does."
-    )
+    rows = []
+    for name, (hybrid, *_) in STRATEGIES.items():
+        sent = bytes_between_machines(shape, TWO_BY_TWO, 2, hybrid=hybrid)
+        low, high = times_one(sent, step_seconds, gbit * 1e9 / 8)
+        verdict = "faster" if low > 1 else "faster only if the sending hides" if high > 1 else "slower"
+        pays = [f"{gigabits(link_that_pays(sent, step_seconds, hides)):.3g}" for hides in (True, False)]
+        rows.append([name, f"{low:.2f} to {high:.2f}", verdict, *pays])
+    print()
+    ends = ["pays from Gbit/s, all hides", "nothing hides"]
+    plots.table([f"over {gbit:g} Gbit/s", "times one machine", "so two are", *ends], rows)

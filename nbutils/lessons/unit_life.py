@@ -38,8 +38,15 @@ def draw_life(held: dict[str, list[tuple[float, float]]], unit: str) -> None:
         axis.bar(MOMENTS, shards, 0.6, color=plots.BLUE, label="shard, kept all the time")
         axis.bar(MOMENTS, copies, 0.6, bottom=shards, color=plots.SKY, hatch="///", edgecolor="white",
                  label="gathered copy")  # fmt: skip
-        axis.set_title(f"{rank}: slice {number + 1} of {len(held)}", fontsize=9)
+        for place, (shard, copy) in enumerate(moments):
+            axis.text(place, shard / 2, f"{shard:,.0f}", ha="center", va="center", color="white")
+            if copy:
+                axis.text(place, shard + copy + 8, f"+ {copy:,.0f}", ha="center", va="bottom")
+        axis.set(title=f"{rank}: slice {number + 1} of {len(held)}", ylim=(0, 1.15 * max(map(sum, moments))))
+        axis.title.set_fontsize(9)
     axes[0].set_ylabel(f"{unit} of one layer")
+    title = "A rank keeps its slice. The whole layer is there only while it computes"
+    figure.suptitle(title, fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=2, fontsize=8, loc="outside lower center")
     rows = [
         [rank, moment, f"{shard:,.0f}", f"{copy:,.0f}"]
@@ -47,5 +54,5 @@ def draw_life(held: dict[str, list[tuple[float, float]]], unit: str) -> None:
         for moment, (shard, copy) in zip(MOMENTS, moments)
     ]
     told = "; ".join(f"{r}, {moment}: shard {shard}, gathered copy {copy}" for r, moment, shard, copy in rows)
-    plots.show(figure, f"What each rank holds of one layer, in {unit}. {told}.")
+    plots.show(figure, f"{title}. What each rank holds, in {unit}: {told}.")
     plots.table(["rank", "moment", f"shard {unit}", f"gathered copy {unit}"], rows)
