@@ -45,6 +45,8 @@ def draw_casts(seen: dict[int, list[dict]]) -> None:
     full = sum(setting["trained in"] == "float32" for _, setting in rows)
     axes.set_title(f"In {full} of {len(rows)} settings the adapter trains in fp32")
     plots.show(figure, f"In {full} of {len(rows)} settings the adapter trains in fp32. {'; '.join(told)}.")
+    ends = [(_name(version, setting), stages_of(setting)["trained in"]) for version, setting in rows]
+    plots.table(["setting", "trains in"], ends)
     for version, setting in rows:
         if setting["trained in"] not in plots.DTYPE_COLOURS:
             print(textwrap.fill(f"{_name(version, setting)}: {setting['trained in']}", 110))
