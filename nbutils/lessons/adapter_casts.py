@@ -1,5 +1,7 @@
 """The figure of lesson 03: which library casts the adapter on its way, and what it trains in."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 
 from nbutils.lessons import plots
@@ -8,12 +10,12 @@ STAGES = {
     "from PEFT": "1. PEFT\nmakes it",
     "from TRL": "2. TRL\ncasts it",
     "cast back": "3. your own line\ncasts it back",
-    "trained in": "4. Accelerate wraps it,\nand it trains in",
+    "trained in": "4. after wrapping,\nit trains in",
 }
 
 
 def draw_casts(seen: dict[int, list[dict]]) -> None:
-    """Draw the adapter's dtype at each stage, a row a setting, and print what trained and how far it came.
+    """Draw the adapter's dtype at each stage, a row a setting, and print in full what was raised.
 
     Args:
         seen: FSDP version -> settings, each with the dtypes that the lesson's probe wrote down.
@@ -32,22 +34,26 @@ def draw_casts(seen: dict[int, list[dict]]) -> None:
                 axes.annotate("", (x, y), (x - 0.1, y), arrowprops={"arrowstyle": "->", "linewidth": 0.8})
             axes.text(x + 0.45, y, dtype, ha="center", va="center", fontsize=8,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
-        told.append(f"FSDP {version}, bf16={setting['bf16']}: {' then '.join(stages.values())}")
-    axes.set_yticks(
-        range(len(rows)), [f"FSDP {version}, bf16={setting['bf16']}" for version, setting in rows]
-    )
+        told.append(f"{_name(version, setting)}: {' then '.join(stages.values())}")
+    axes.set_yticks(range(len(rows)), [_name(version, setting) for version, setting in rows])
     axes.set_xticks([x + 0.45 for x in range(len(STAGES))], STAGES.values())
     axes.xaxis.tick_top()
     axes.invert_yaxis()
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    plots.show(figure, f"The adapter's dtype at four stages. {'; '.join(told)}.")
-    columns = ["bf16", "cast back", "trained in", "Adam's averages", "last loss"]
-    printed = [
-        (version, *(str(setting.get(column, ""))[:42] for column in columns)) for version, setting in rows
-    ]
-    plots.table(["FSDP", *columns], printed)
+    full = sum(setting["trained in"] == "float32" for _, setting in rows)
+    axes.set_title(f"In {full} of {len(rows)} settings the adapter trains in fp32")
+    plots.show(figure, f"In {full} of {len(rows)} settings the adapter trains in fp32. {'; '.join(told)}.")
+    ends = [(_name(version, setting), stages_of(setting)["trained in"]) for version, setting in rows]
+    plots.table(["setting", "trains in"], ends)
+    for version, setting in rows:
+        if setting["trained in"] not in plots.DTYPE_COLOURS:
+            print(textwrap.fill(f"{_name(version, setting)}: {setting['trained in']}", 110))
+
+
+def _name(version: int, setting: dict) -> str:
+    return f"FSDP {version}, bf16={setting['bf16']}{', cast back' if setting['cast back'] else ''}"
 
 
 def trained_in(seen: dict[int, list[dict]]) -> dict[tuple[int, bool, bool], str]:
@@ -64,8 +70,8 @@ def trained_in(seen: dict[int, list[dict]]) -> dict[tuple[int, bool, bool], str]
 
 
 def stages_of(setting: dict) -> dict[str, str]:
-    """Stage -> dtype, "as it was" where nothing was cast, "fails" where no step ended well."""
-    back = "float32" if setting["cast back"] else "as it was"
+    """Stage -> dtype, "not cast" where nothing was cast, "fails" where no step ended well."""
+    back = "float32" if setting["cast back"] else "not cast"
     trained = setting["trained in"] if setting["trained in"] in plots.DTYPE_COLOURS else "fails"
     return {
         "from PEFT": setting["from PEFT"],

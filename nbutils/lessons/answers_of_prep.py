@@ -85,6 +85,15 @@ def _own_prep(seen) -> str:
     return ""
 
 
+def _half_recomputed(kept: float) -> str:
+    """kB that the tiny model keeps for the backward pass when it recomputes every second layer."""
+    if kept < 1000:
+        return "As few bytes are kept as before: every layer is still recomputed."
+    return (
+        "" if kept < 3500 else "That is as much as without recomputation. Keep two layers of four recomputed."
+    )
+
+
 OF_THE_PREP: dict[str, Judge] = {
     "02.1": hashed(
         "ced77a9d72eb8ed6",
@@ -138,5 +147,5 @@ OF_THE_PREP: dict[str, Judge] = {
     ),
     "03.3": _true("The preflight still finds a unit of two dtypes. Which module did it name?"),
     "03.5": _own_prep,
-    "03.4": lambda kept: "" if kept > 2000 else "As few bytes are kept as before. Which line saves memory?",
+    "03.4": _half_recomputed,
 }

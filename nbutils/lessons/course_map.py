@@ -49,7 +49,7 @@ LESSONS = [
         "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 9, 20, "nothing more"
     ),
     Lesson("02b_silent_corruption", "What spoils weights without a word?", 1, 14, 20, "nothing more"),
-    Lesson("03_custom_prep", "What must the prep do, then?", 1, 19, 20, "nothing more"),
+    Lesson("03_custom_prep", "What must the prep do, then?", 1, 20, 20, "nothing more"),
     Lesson("04_write_and_launch", "How do I train?", 2, 16, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
     Lesson("04b_stop_and_resume", "It stopped. How do I go on?", 1, 10, 15, "nothing more"),
     Lesson(
@@ -68,6 +68,6 @@ LESSONS = [
         15,
         "GPUs for its dry run; recorded otherwise",
     ),
-    Lesson("07_when_it_breaks", "I see this message.", 1, 9, 15, "nothing more"),
+    Lesson("07_when_it_breaks", "I see this message.", 1, 10, 15, "nothing more"),
     Lesson("07b_more_than_one_machine", "What if one machine is not enough?", 1, 14, 15, "nothing more"),
 ]

@@ -1,7 +1,7 @@
 """The figures of lessons 02 and 03: a layer as FSDP 1 reads it, positions under bf16, the losses of two adapters."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -79,12 +79,14 @@ def draw_angle_errors(frequencies: torch.Tensor, distances: Sequence[int]) -> No
     axes.set_xticks(distances, [f"{d:,}" for d in distances])
     axes.minorticks_off()
     axes.legend()
-    rows = [(f"{d:,}", f"{d * worst:.3f}", f"{d * tenth:.3f}", int((d * off > 0.5).sum())) for d in distances]
-    told = "; ".join(f"{d} tokens: {error} radians" for d, error, *_ in rows)
+    axes.set_title("With rounded frequencies, far tokens are seen at wrong angles")
+    rows = [(f"{d:,}", f"{d * worst:.3f}", int((d * off > 0.5).sum())) for d in distances]
+    told = "; ".join(f"{d} tokens: {error} radians" for d, error, _ in rows)
     plots.show(
         figure, f"The worst angle's error grows in proportion to the distance. {told}. Half a turn is 3.14."
     )
-    plots.table(["distance", "worst error, radians", "tenth worst", "angles off by over 0.5"], rows)
+    head = ["distance in tokens", "worst error, radians", f"of {len(off)} angles, off by over 0.5 radians"]
+    plots.table(head, rows)
 
 
 def draw_adapter_dtypes(record: dict) -> None:
@@ -93,57 +95,31 @@ def draw_adapter_dtypes(record: dict) -> None:
     Args:
         record: `benchmarks/results/adapter_dtype.json`.
     """
-    rows, curves = [], {}
-    for rate in sorted({run["learning_rate"] for run in record["runs"]}):
-        for dtype in ("bfloat16", "float32"):
-            runs = [run for run in record["runs"] if (run["adapter"], run["learning_rate"]) == (dtype, rate)]
-            curves[rate, dtype] = _mean_by_step([run["training_loss"] for run in runs])
-            held = [run["heldout_loss"] for run in runs]
-            kilobytes = (runs[0]["adapter_bytes"] + runs[0]["optimizer_bytes"]) / 1e3
-            seeds = " ".join(f"{value:.4f}" for value in held)
-            rows.append([rate, dtype, f"{statistics.mean(held):.4f}", seeds, f"{kilobytes:,.0f}", ""])
-        rows[-1][-1] = f"{float(rows[-2][2]) - float(rows[-1][2]):+.4f}"
+    rates = sorted({run["learning_rate"] for run in record["runs"]})
     figure, axes = plt.subplots()
-    for rate in (row[0] for row in rows[::2]):
-        behind = [low - full for low, full in zip(curves[rate, "bfloat16"], curves[rate, "float32"])]
-        axes.plot(record["steps_logged"], behind, label=f"learning rate {rate:g}")
+    rows = []
+    for rate in rates:
+        runs = {dtype: _runs(record, dtype, rate) for dtype in ("bfloat16", "float32")}
+        low, full = (_mean_by_step([run["training_loss"] for run in each]) for each in runs.values())
+        axes.plot(record["steps_logged"], [b - f for b, f in zip(low, full)], label=f"learning rate {rate:g}")
+        held = [statistics.mean(run["heldout_loss"] for run in each) for each in runs.values()]
+        rows.append((f"{rate:g}", *(f"{loss:.4f}" for loss in held), f"{held[0] - held[1]:+.4f}"))
     axes.axhline(0, color=plots.BLACK, marker="", linewidth=0.8)
     axes.set(xlabel="optimizer step", ylabel="training loss,\nbf16 adapter minus fp32 adapter")
+    axes.set_title("Above zero, the bf16 adapter is the worse one")
     axes.legend()
-    told = "; ".join(f"rate {rate:g}, {dtype}: {mean}" for rate, dtype, mean, *_ in rows)
+    told = "; ".join(f"rate {rate}, bf16 {low}, fp32 {full}" for rate, low, full, _ in rows)
     plots.show(
         figure,
         f"The bf16 adapter's recorded loss minus the fp32 adapter's. Held-out loss at the end: {told}.",
     )
-    plots.table(
-        [
-            "learning rate",
-            "adapter",
-            "held-out loss",
-            "each seed",
-            "kB of adapter and Adam",
-            "bf16 behind by",
-        ],
-        rows,
-    )
+    plots.table(["learning rate", "held-out loss, bf16", "held-out loss, fp32", "bf16 behind by"], rows)
+
+
+def _runs(record: dict, dtype: str, rate: float) -> list[dict]:
+    """The recorded runs of one setting, one a seed."""
+    return [run for run in record["runs"] if (run["adapter"], run["learning_rate"]) == (dtype, rate)]
 
 
 def _mean_by_step(runs: list[list[float]]) -> list[float]:
     return [statistics.mean(losses) for losses in zip(*runs)]
-
-
-def loss_by_length(
-    loss: Callable[[torch.Tensor], float], tokens: torch.Tensor, lengths: Sequence[int]
-) -> list:
-    """The mean loss over rows of each length, cut from one long text.
-
-    Args:
-        loss: of a batch of rows, (1, length).
-        tokens: of the text, (tokens,).
-        lengths: of the rows; as many rows as the text has.
-    """
-    means = []
-    for length in lengths:
-        rows = tokens[: len(tokens) // length * length].view(-1, 1, length)
-        means.append(statistics.mean(loss(row) for row in rows))
-    return means

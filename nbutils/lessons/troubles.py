@@ -1,10 +1,13 @@
 """What breaks, read from `docs/troubles.yaml`: message, cause, what to do, versions, and where it can be seen again.
 
-`docs/troubleshooting.md` and the table of notebook 07 are made of it; the test holds each proof.
+`docs/troubleshooting.md` and the tables of notebook 07 are made of it; the test holds each proof.
 Run as: `python -m nbutils.lessons.troubles > docs/troubleshooting.md`
+or with the words of a message, `python -m nbutils.lessons.troubles "Timed out waiting"`, to look it up.
 """
 
 import re
+import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,13 +77,77 @@ def where_shown(trouble: Trouble) -> str:
 
 
 def as_markdown() -> str:
-    """A table for each moment, under its name, one row a trouble."""
+    """All that is known: a table for each moment, under its name, one row a trouble."""
     moments = dict.fromkeys(trouble.moment for trouble in TROUBLES)
     return "\n\n".join(f"### {_title(moment)}\n\n{_table(moment)}" for moment in moments)
 
 
+def messages_as_markdown() -> str:
+    """What notebook 07 shows of the troubles that have a message: a table for each moment, without the proofs."""
+    spoken = [trouble for trouble in TROUBLES if not is_silent(trouble)]
+    moments = dict.fromkeys(trouble.moment for trouble in spoken)
+    return "\n\n".join(
+        f"### {_title(moment)}\n\n{_short_table([t for t in spoken if t.moment == moment])}"
+        for moment in moments
+    )
+
+
+def silent_as_markdown() -> str:
+    """What notebook 07 shows of the troubles that say nothing: one table."""
+    return _short_table([trouble for trouble in TROUBLES if is_silent(trouble)])
+
+
+def is_silent(trouble: Trouble) -> bool:
+    """Nothing is said; what is seen instead stands in brackets."""
+    return trouble.message.startswith("(")
+
+
+def look_up(text: str) -> list[Trouble]:
+    """The troubles whose words stand in a text, or else those in whose message the text stands.
+
+    Args:
+        text: a line of a log, or a few words of it.
+    """
+    wanted = _plain(text)
+    if not wanted:
+        return []
+    found = [
+        t for t in TROUBLES if not is_silent(t) and all(_plain(p) in wanted for p in t.message.split("..."))
+    ]
+    return found or [t for t in TROUBLES if wanted in _plain(t.message)]
+
+
+def show_trouble(text: str) -> None:
+    """Print message, cause and remedy of each trouble that `look_up` finds, or that there is none.
+
+    Args:
+        text: a line of a log, or a few words of it.
+    """
+    found = look_up(text)
+    for trouble in found:
+        print(_shown(trouble.message))
+        for name, said in (("cause", trouble.cause), ("do", trouble.fix)):
+            print(
+                textwrap.fill(f"{name + ':':<7}{said}", 100, initial_indent="  ", subsequent_indent=" " * 9)
+            )
+    if not found:
+        print("not in the table: try fewer words, without numbers, paths and names of your own")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("`", "").casefold().split())
+
+
 def _title(moment: str) -> str:
     return moment[0].upper() + moment[1:]
+
+
+def _short_table(troubles: list[Trouble]) -> str:
+    lines = ["| you see | cause | what to do |", "|---|---|---|"]
+    for trouble in troubles:
+        seen = trouble.message[1:-1] if is_silent(trouble) else _shown(trouble.message)
+        lines.append(f"| {seen} | {trouble.cause} | {trouble.fix} |")
+    return "\n".join(lines)
 
 
 def _table(moment: str) -> str:
@@ -89,22 +156,30 @@ def _table(moment: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for trouble in (trouble for trouble in TROUBLES if trouble.moment == moment):
-        message = trouble.message if trouble.message.startswith("(") else f"`{trouble.message}`"
-        message = message.replace(
-            "`requires_grad` when `use_orig_params=False`", "requires_grad when use_orig_params=False"
-        )
-        message = message.replace("and `device_id` on", "and device_id on")
         reports = ", ".join(trouble.reports) or "-"
-        cells = (message, trouble.where, trouble.cause, trouble.fix, where_shown(trouble), reports)
+        cells = (
+            _shown(trouble.message),
+            trouble.where,
+            trouble.cause,
+            trouble.fix,
+            where_shown(trouble),
+            reports,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _shown(message: str) -> str:
+    """As code, without the marks of code within; or, in brackets, as it is."""
+    return message if message.startswith("(") else f"`{message.replace('`', '')}`"
 
 
 PAGE = f"""# Troubleshooting
 
 ## I see this message, by the moment at which it comes
 
-Made of `docs/troubles.yaml` by `python -m nbutils.lessons.troubles`; notebook 07 shows the same tables.
+Made of `docs/troubles.yaml` by `python -m nbutils.lessons.troubles`; with words of a message behind it, that command
+looks them up. Notebook 07 shows the same, shorter.
 *Shown by* names the cell or the test in which the library itself does it, with the versions of
 `requirements.lock`; "{RECORDED.strip(": ")}" names a recorded file; the rest is marked "{NOT_REPRODUCED}". Reports are
 public and may have other causes as well.
@@ -113,4 +188,7 @@ public and may have other causes as well.
 
 
 if __name__ == "__main__":
-    print(PAGE + as_markdown())
+    if sys.argv[1:]:
+        show_trouble(" ".join(sys.argv[1:]))
+    else:
+        print(PAGE + as_markdown())

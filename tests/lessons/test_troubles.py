@@ -17,7 +17,12 @@ from nbutils.lessons.troubles import (
     RECORDED,
     TROUBLES,
     as_markdown,
+    is_silent,
+    look_up,
+    messages_as_markdown,
     read_troubles,
+    show_trouble,
+    silent_as_markdown,
 )
 
 
@@ -72,6 +77,30 @@ def test_most_of_it_is_reproduced_and_reports_are_named_in_full():
 
 def test_the_page_is_made_of_the_data():
     assert (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8") == PAGE + as_markdown() + "\n"
+
+
+def test_the_two_tables_of_the_lesson_hold_each_trouble_once():
+    rows = [
+        line for line in (messages_as_markdown() + silent_as_markdown()).splitlines() if "---" not in line
+    ]
+    assert sum(line.startswith("| ") and not line.startswith("| you see") for line in rows) == len(TROUBLES)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.message[:40])
+def test_each_message_is_found_by_its_own_words_and_in_a_line_of_a_log(trouble):
+    assert trouble in look_up(trouble.message)
+    if not is_silent(trouble):
+        line = f"[rank1]: SomeError: {trouble.message.replace('...', '17').upper()} and more"
+        assert look_up(line) == [trouble]
+
+
+def test_what_is_looked_up_is_printed_or_said_to_be_unknown(capsys):
+    show_trouble("signal 9")
+    said = capsys.readouterr().out
+    assert "SIGKILL" in said and "  cause: " in said and "  do:    " in said
+    for unknown in ("no such words", "", "  `"):
+        show_trouble(unknown)
+        assert "not in the table" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,6 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
                     'launch("nbutils/lessons/adapter',
                     "draw_casts(",
                     "as_told",
-                    "loss_by_length(",
                     "counted_step(",
                 )
             ):
