@@ -46,7 +46,7 @@ LESSONS = [
     Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 17, 15, "nothing more"),
     Lesson("01b_every_other_key", "What does each other key do?", 1, 16, 15, "nothing more; a reference"),
     Lesson(
-        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 9, 20, "nothing more"
+        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 10, 20, "nothing more"
     ),
     Lesson("02b_silent_corruption", "What spoils weights without a word?", 1, 14, 20, "nothing more"),
     Lesson("03_custom_prep", "What must the prep do, then?", 1, 19, 20, "nothing more"),
