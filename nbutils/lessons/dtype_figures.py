@@ -41,7 +41,9 @@ def draw_flat_parameters(layers: dict[str, list[tuple[str, torch.dtype]]], said:
     axes.plot([], [], "X", color="white", markeredgecolor="black", linestyle="", label="FSDP 1 stops here")
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, 0.02), ncols=4)
     axes.set(xlim=(-1.9, 10.4), ylim=(-0.5, len(layers) - 0.3))
-    axes.set_title("FSDP 1 wraps a layer if its nine parameters have one dtype, and it is a float", fontsize=10)
+    axes.set_title(
+        "FSDP 1 wraps a layer if its nine parameters have one dtype, and it is a float", fontsize=10
+    )
     axes.axis("off")
     told = "; ".join(f"{name}: {counts}, {verdict}" for name, counts, verdict in rows)
     plots.show(figure, f"The nine parameters of a decoder layer, in order. {told}.")
