@@ -46,11 +46,11 @@ LESSONS = [
     Lesson("01_fsdp_config_choices", "Which keys of the config decide?", 1, 19, 15, "nothing more"),
     Lesson("01b_every_other_key", "What does each other key do?", 1, 18, 15, "nothing more; a reference"),
     Lesson(
-        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 9, 20, "nothing more"
+        "02_why_fp32_casting_fails", "Why does the standard prep die under FSDP?", 1, 10, 20, "nothing more"
     ),
     Lesson("02b_silent_corruption", "What spoils weights without a word?", 1, 14, 20, "nothing more"),
     Lesson("03_custom_prep", "What must the prep do, then?", 1, 20, 20, "nothing more"),
-    Lesson("04_write_and_launch", "How do I train?", 2, 16, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
+    Lesson("04_write_and_launch", "How do I train?", 2, 17, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
     Lesson("04b_stop_and_resume", "It stopped. How do I go on?", 1, 10, 15, "nothing more"),
     Lesson(
         "05_save_verify_merge",

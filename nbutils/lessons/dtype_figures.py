@@ -1,6 +1,7 @@
 """The figures of lessons 02 and 03: a layer as FSDP 1 reads it, positions under bf16, the losses of two adapters."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -18,25 +19,41 @@ def draw_flat_parameters(layers: dict[str, list[tuple[str, torch.dtype]]], said:
         layers: by variant, (name, dtype) of each parameter of one layer.
         said: by variant, "wraps" or what FSDP 1 said.
     """
-    figure, axes = plt.subplots(figsize=(7.6, 3.6))
-    for y, (name, parameters) in enumerate(reversed(layers.items())):
-        for x, (full, dtype) in enumerate(parameters):
-            axes.barh(y, 0.94, left=x, height=0.42, linewidth=0.5, **_style(dtype))
-            part = full.split(".")[-2] if "proj" not in full else full.split(".")[1]
-            text = SHORT.get(part, part.replace("_proj", ""))
-            axes.text(x + 0.47, y - 0.36, text, ha="center", va="center", fontsize=8)
+    figure, axes = plt.subplots(figsize=(7.6, 3.7))
+    rows = []
+    for y, (name, parameters) in zip(reversed(range(len(layers))), layers.items()):
+        dtypes = [dtype for _, dtype in parameters]
+        for x, dtype in enumerate(dtypes):
+            axes.barh(y, 0.94, left=x, height=0.6, linewidth=0.5, **_style(dtype))
+        verdict = "wraps"
         if said[name] != "wraps":
-            stop = stops_at([dtype for _, dtype in parameters], said[name])
+            stop = stops_at(dtypes, said[name])
             axes.plot(stop + 0.47, y, "X", color="white", markeredgecolor="black", markersize=11)
-        axes.text(0, y + 0.33, f"{name}:  {said[name]}", va="center", fontsize=8)
+            verdict = f"refused at {_short(parameters[stop][0])}"
+        axes.text(-0.15, y, name.replace(", ", ",\n"), ha="right", va="center")
+        axes.text(len(dtypes) + 0.1, y, verdict.replace(" at", "\nat"), va="center", fontweight="bold")
+        counts = ", ".join(f"{count} {str(dtype)[6:]}" for dtype, count in Counter(dtypes).items())
+        rows.append((name, counts, verdict))
+    for x, (full, _) in enumerate(next(iter(layers.values()))):
+        axes.text(x + 0.47, len(layers) - 0.55, _short(full), ha="center", va="center")
     for dtype in (torch.bfloat16, torch.float32, torch.uint8):
         axes.barh(0, 0, label=str(dtype)[6:], **_style(dtype))
     axes.plot([], [], "X", color="white", markeredgecolor="black", linestyle="", label="FSDP 1 stops here")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4)
-    axes.set(xlim=(0, 9), ylim=(-0.6, len(layers) - 0.4))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, 0.02), ncols=4)
+    axes.set(xlim=(-1.9, 10.4), ylim=(-0.5, len(layers) - 0.3))
+    axes.set_title(
+        "FSDP 1 wraps a layer if its nine parameters have one dtype, and it is a float", fontsize=10
+    )
     axes.axis("off")
-    plots.show(figure, f"The nine parameters of a decoder layer, in order. {'. '.join(_told(layers, said))}.")
-    plots.table(["variant", "FSDP 1"], list(said.items()))
+    told = "; ".join(f"{name}: {counts}, {verdict}" for name, counts, verdict in rows)
+    plots.show(figure, f"The nine parameters of a decoder layer, in order. {told}.")
+    plots.table(["variant", "parameters of a layer", "FSDP 1"], rows)
+
+
+def _short(full: str) -> str:
+    """`q` of `self_attn.q_proj.base_layer.weight`, `norm 1` of `input_layernorm.weight`."""
+    part = full.split(".")[-2] if "proj" not in full else full.split(".")[1]
+    return SHORT.get(part, part.replace("_proj", ""))
 
 
 def stops_at(dtypes: Sequence[torch.dtype], said: str) -> int:
@@ -47,15 +64,6 @@ def stops_at(dtypes: Sequence[torch.dtype], said: str) -> int:
 def _style(dtype: torch.dtype) -> dict:
     kind = str(dtype)[6:]
     return {"color": plots.DTYPE_COLOURS[kind], "hatch": plots.DTYPE_HATCHES[kind], "edgecolor": "white"}
-
-
-def _told(layers: dict, said: dict[str, str]) -> list[str]:
-    """A sentence a variant, for readers who do not see the figure."""
-    sentences = []
-    for name, parameters in layers.items():
-        kinds = ", ".join(dict.fromkeys(f"{str(dtype)[6:]}" for _, dtype in parameters))
-        sentences.append(f"{name}: {len(parameters)} parameters in {kinds}; {said[name]}")
-    return sentences
 
 
 def draw_angle_errors(frequencies: torch.Tensor, distances: Sequence[int]) -> None:

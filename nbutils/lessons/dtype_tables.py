@@ -48,10 +48,9 @@ def print_cost_of_cast(tiny: int, seventy: int, tiny_head: int, seventy_head: in
     """
     print(f"numbers that the cast makes fp32 in the tiny model: {tiny // 2:,}")
     places = [
-        ("to the whole model", tiny, seventy),
-        ("to each of two ranks, sharded", tiny / 2, seventy / 2),
-        ("to a gathered lm_head", tiny_head, seventy_head),
-        ("to each rank's copy in host RAM", tiny, seventy),
+        ("to each rank's whole copy in host RAM", tiny, seventy),
+        ("to each of two GPUs, its shard", tiny / 2, seventy / 2),
+        ("to each GPU while lm_head is gathered", tiny_head, seventy_head),
     ]
     rows = [(where, f"{here / 1e6:.3f} MB", f"{there / GIB:.2f} GiB") for where, here, there in places]
     plots.table(["what the cast adds", "tiny, measured", "70B, computed"], rows)

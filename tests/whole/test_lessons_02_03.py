@@ -112,8 +112,8 @@ def run_edited(notebook: Path, edits: list[tuple[str, str, str]], tmp_path, monk
 def test_lesson_02_notices_when_its_causes_are_gone(tmp_path, monkeypatch):
     edits = [
         ("weight does not fit", "adapt(standard_prep(load()))", "adapt(prepare_for_fsdp_qlora(load()))"),
-        ("Cannot flatten integer", "storage=torch.uint8", "storage=torch.bfloat16"),
-        ("but got torch.float32 and", "storage=torch.float32", "storage=torch.bfloat16"),
+        ("Cannot flatten integer", "(torch.uint8,", "(torch.bfloat16,"),
+        ("but got torch.float32 and", "(torch.float32,", "(torch.bfloat16,"),
     ]
     run_edited(LESSON_02, edits, tmp_path, monkeypatch)
 
