@@ -41,6 +41,21 @@ def test_a_machine_without_history_is_told_the_commit(tmp_path, monkeypatch):
     assert provenance.provenance("python x.py")["commit"] == "unknown"
 
 
+def test_a_changed_record_makes_no_tree_dirty_and_changed_code_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    record, code = tmp_path / "benchmarks/results/speed.json", tmp_path / "code.py"
+    record.parent.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=Somebody", "-c", "user.email=somebody@example.com"]
+    for path in (record, code):
+        path.write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    record.write_text("2")
+    assert not provenance.commit().endswith("-dirty")
+    code.write_text("2")
+    assert provenance.commit().endswith("-dirty")
+
+
 def test_a_package_that_is_missing_is_said_to_be():
     found = provenance.versions(["torch", "no_such_package"])
     assert found["no_such_package"] == "not installed" and set(found) == {
