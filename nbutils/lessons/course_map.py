@@ -58,7 +58,7 @@ LESSONS = [
         1,
         19,
         15,
-        "a run of 04; 70B merge: 150 GiB disk",
+        "a run of 04; 70B merge: 302 GiB of disk",
     ),
     Lesson(
         "06_scale_to_70b",

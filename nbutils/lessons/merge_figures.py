@@ -7,6 +7,7 @@ from nbutils.adapters.change_kept import INTO_BF16, INTO_NF4
 from nbutils.lessons import plots
 
 PRINTED = (0.002, 0.01, 0.03, 0.05, 0.07, 0.1, 0.35)  # sizes of the change that are printed beside the figure
+TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 WAYS = {  # of the record of the real small model, as they are called in the table
     "4-bit base and adapter, as trained": "4-bit base + adapter, as trained",
     "merged into bf16": "merged into the bf16 base",
@@ -75,8 +76,9 @@ def draw_change_kept(
         axes.axvline(yours, color=plots.BLACK, linestyle="--", linewidth=1, marker="")
         axes.annotate("your adapter, \none layer ", (yours, 0.15), fontsize=9, ha="right")
     axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{100 * size:g}%" for size in TICKS])
+    axes.minorticks_off()
     axes.set_ylim(-0.06, 1.15)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(
         "size of the adapter's change, in percent of the weights (stars: measured, into the NF4 base)"

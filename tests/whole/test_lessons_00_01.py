@@ -297,7 +297,7 @@ def test_lesson_00_trained_and_held_the_machine_against_the_model():
     """What it says as committed; `refresh --check` executes it again and compares."""
     cells = nbformat.read(START, as_version=4).cells
     text = "\n".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
-    assert "held against: tiny" in text and "FAIL on" in text
+    assert "checked for: tiny" in text and "FAIL on" in text
     assert text.count("  OK") == 5
     assert "it was FSDP, version 1, on 2 ranks" in text
     before, after = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", text).groups()
