@@ -92,8 +92,10 @@ def worth_of_two(shape: Shape, step_seconds: float, gbit: float) -> None:
         sent = bytes_between_machines(shape, TWO_BY_TWO, 2, hybrid=hybrid)
         low, high = times_one(sent, step_seconds, gbit * 1e9 / 8)
         verdict = "faster" if low > 1 else "faster only if the sending hides" if high > 1 else "slower"
-        pays = [f"{gigabits(link_that_pays(sent, step_seconds, hides)):.3g}" for hides in (True, False)]
+        pays = [
+            f"{gigabits(link_that_pays(sent, step_seconds, hides)):.3g} Gbit/s" for hides in (True, False)
+        ]
         rows.append([name, f"{low:.2f} to {high:.2f}", verdict, *pays])
     print()
-    ends = ["pays from Gbit/s, all hides", "nothing hides"]
+    ends = ["all hides: faster above", "nothing hides: faster above"]
     plots.table([f"over {gbit:g} Gbit/s", "times one machine", "so two are", *ends], rows)
