@@ -6,7 +6,7 @@ from nbutils.lessons import plots
 
 # question -> (what it leads to with the first answer, with the second); each answer with its words
 QUESTIONS = {
-    "Do the shards fit\nwithout offload?": (
+    "Does the recipe fit\nwithout offload?": (
         ("yes", "config_fsdp.yaml\nwith offload: false"),
         ("no", "Has the machine\n64 GiB of host memory?"),
     ),

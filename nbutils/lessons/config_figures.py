@@ -34,7 +34,7 @@ def draw_strategies(rows: dict[str, tuple[float, float, float]], title: str, car
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True, width_ratios=(3, 2))
     left.barh(names, kept, color=BLUE, label="kept all the time")
     left.barh(names, held, left=kept, color=SKY, hatch="///", label="gathered, between the passes")
-    left.axvline(card, color=BLACK, marker="", linestyle="--", label="a 24 GB card")
+    left.axvline(card, color=BLACK, marker="", linestyle="--", label=f"a 24 GB card: {card} GiB")
     right.barh(names, moved, color=GREEN)
     for row, (base, extra, received) in enumerate(rows.values()):
         total = f"{base + extra:.1f}" if extra else f"{base:.1f}"

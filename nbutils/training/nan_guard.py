@@ -30,8 +30,7 @@ def stop_at_no_number(loss: torch.Tensor, step: int, learning_rate: float) -> No
         dist.all_reduce(where, op=dist.ReduceOp.MAX)
     if where.item():
         raise LossIsNoNumber(
-            f"The loss of step {step} is no number on rank {where.item() - 1} ({float(loss):g} on this one), and the "
-            f"run was stopped before the optimizer took the step. Look at the rows of this step, or lower "
-            f"learning_rate ({learning_rate:g}): on a resume the new one counts. Go on from the newest checkpoint with "
-            "--resume true."
+            f"The loss of step {step} is no number on rank {where.item() - 1} (rank {rank()} has {float(loss):g}). All "
+            "ranks stopped before the optimizer took the step. Look at the rows of this step, or lower learning_rate "
+            f"({learning_rate:g}): on a resume the new one counts. Go on from the newest checkpoint with --resume true."
         )
