@@ -124,7 +124,7 @@ def what_to_change(
         return plan(shape, run.setup, run.batch, run.length, lora_r, choices=run.choices).gpu_peak_bytes
 
     def sentence(change: str, run: _Run) -> str:
-        verdict = "fits" if peak(run) <= budget else "is still too much"
+        verdict = "fits" if peak(run) <= budget else "too much"
         return f"{change}: {peak(run) / GIB:.1f} GiB, {verdict}"
 
     run = _Run(setup, batch, length, choices)
