@@ -216,11 +216,14 @@ class _Run:
             ranks.end()
         self.seconds = time.monotonic() - started
         status = launcher.returncode
-        self.display.close(self.lines(), self.seconds, ok=status == 0 and ended_alone)
-        if status == 0 and ended_alone:  # torchrun may end with 0 after a SIGTERM of ours
-            return None
+        ok = status == 0 and ended_alone  # torchrun may end with 0 after a SIGTERM of ours
         codes = exit_statuses(self.log) if ended_alone else set()
-        saved = codes == {RESUME_ME} or (ended_alone and not codes and all_want_to_be_resumed(self.rank_logs))
+        told = codes == {RESUME_ME} or (ended_alone and not codes and all_want_to_be_resumed(self.rank_logs))
+        saved = told and not ok
+        how = "finished" if ok else "stopped and saved" if saved else "failed"
+        self.display.close(self.lines(), self.seconds, how)
+        if ok:
+            return None
         if saved or (stop.why and codes <= {RESUME_ME, -signal.SIGTERM}):
             return self._stopped(stop, saved)
         failure = first_failure(self.log, self.rank_logs, status)

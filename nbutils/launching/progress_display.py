@@ -60,12 +60,12 @@ class ProgressDisplay:
         self.last = seconds
         self._put(progress_line(lines, seconds))
 
-    def close(self, lines: list[dict], seconds: float, ok: bool) -> None:
-        """Show the last state and how it ended."""
+    def close(self, lines: list[dict], seconds: float, how: str) -> None:
+        """Show the last state and how it ended, as "finished"."""
         if not self.show:
             return
         text = progress_line(lines, seconds) if lines else ""
-        ending = f"{'finished' if ok else 'failed'} after {_clock(seconds)}"
+        ending = f"{how} after {_clock(seconds)}"
         self._put(f"{text} | {ending}" if text else ending, final=True)
 
     def _put(self, text: str, final: bool = False) -> None:

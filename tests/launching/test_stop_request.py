@@ -47,12 +47,13 @@ def run(path, tmp_path, **options):
     return launch(path, [str(tmp_path)], CONFIG, log=tmp_path / "launch.log", **options)
 
 
-def test_when_the_time_is_up_the_ranks_save_first(tmp_path):
+def test_when_the_time_is_up_the_ranks_save_first(tmp_path, capsys):
     path = script(tmp_path)
     with pytest.raises(LaunchStopped) as stopped:
-        run(path, tmp_path, timeout=12)
+        run(path, tmp_path, timeout=12, show=True)
     assert sorted(file.name for file in tmp_path.glob("saved*")) == ["saved0", "saved1"]
     assert stopped.value.saved
+    assert "stopped and saved after 0:" in capsys.readouterr().out
     message = str(stopped.value)
     assert "The launch had not ended after 12 s, and its ranks were asked to end. They have saved" in message
     last = " ".join(message.splitlines()[2:]).replace("\\", "")
