@@ -15,7 +15,7 @@ QUESTIONS = {
         ("yes", "Fewest surprises,\nor speed?"),
     ),
     "Fewest surprises,\nor speed?": (
-        ("surprises", "config_fsdp.yaml,\nthe recipe of 2024"),
+        ("fewest\nsurprises", "config_fsdp.yaml,\nthe recipe of 2024"),
         ("speed", "config_fsdp2_offload.yaml\nwith fastest_2x24gb.yaml"),
     ),
 }
@@ -45,7 +45,7 @@ def draw_choice() -> None:
     title = "Which config for Llama 3.1 70B? Three questions"
     axes.set_title(title, fontsize=10)
     rows = [
-        [_line(question), words, _line(target)]
+        [_line(question), _line(words), _line(target)]
         for question, answers in QUESTIONS.items()
         for words, target in answers
     ]
