@@ -102,7 +102,12 @@ def _two_machines(given) -> str:
         "nproc_per_node": "`num_processes` counts the GPUs of all machines together.",
         "node_rank": "The second machine has the number 1: machines count from 0.",
     }
-    return next((explain[key] for key, value in wanted.items() if str(given.get(key)) != str(value)), "")
+    for key, value in wanted.items():
+        if str(given.get(key)) != str(value):
+            return explain[key]
+    if str(given.get("rdzv_endpoint")).startswith("None"):
+        return "Where does the second machine look for the first? `main_process_ip` says it on every machine."
+    return ""
 
 
 def _really_asks(name: str) -> str:

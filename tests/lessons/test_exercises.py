@@ -38,8 +38,8 @@ ANSWERED = {
     ),
     "01.3": (4, 3, "less room"),
     "01b.1": (
-        {"nnodes": "2", "nproc_per_node": "8", "node_rank": "1"},
-        {"nnodes": "2", "nproc_per_node": "4", "node_rank": "1"},
+        {"nnodes": "2", "nproc_per_node": "8", "node_rank": "1", "rdzv_endpoint": "10.0.0.1:29500"},
+        {"nnodes": "2", "nproc_per_node": "4", "node_rank": "1", "rdzv_endpoint": "10.0.0.1:29500"},
         "all machines together",
     ),
     "01b.2": (21.66, 83.64, "rank 16"),
@@ -228,3 +228,9 @@ def test_cells_are_short(path):
         if cell.cell_type == "code" and not whole:
             assert len(cell.source.splitlines()) <= 25, f"cell {cell.id}"
             assert "fmt: skip" not in cell.source and "fmt: off" not in cell.source, f"cell {cell.id}"
+
+
+def test_a_second_machine_that_knows_no_first_is_told_so():
+    given = {"nnodes": "2", "nproc_per_node": "8", "node_rank": "1", "rdzv_endpoint": "None:29500"}
+    with pytest.raises(AssertionError, match="Where does the second machine look for the first"):
+        check("01b.1", given)
