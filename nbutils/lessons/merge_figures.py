@@ -80,9 +80,7 @@ def draw_change_kept(
     axes.minorticks_off()
     axes.set_ylim(-0.06, 1.15)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(
-        "size of the adapter's change, in percent of the weights (stars: measured, into the NF4 base)"
-    )
+    axes.set_xlabel("size of the adapter's change, in percent of the weights (stars: measured, NF4 base)")
     axes.set_ylabel("share of the change that is left")
     axes.set_title("In the NF4 base a small change is lost; in the bf16 base it survives", loc="left")
     numbers = "; ".join(

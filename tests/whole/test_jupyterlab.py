@@ -24,6 +24,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 TOKEN = "only-for-this-test"
 
 
+def answers(address: str) -> bool:
+    try:
+        return urlopen(f"{address}/api?token={TOKEN}", timeout=10).status == 200
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """`make lab` itself, in the environment that runs the tests: the address of its server."""
@@ -49,11 +56,12 @@ def lab(tmp_path_factory):
         while not (found := re.search(r"http://[^\s/]+:\d+(?=/lab)", log.read_text())):
             assert time.monotonic() < end and process.poll() is None, log.read_text()
             time.sleep(0.2)
+        while not answers(found[0]):  # the address may be in the log before somebody listens to it
+            assert time.monotonic() < end and process.poll() is None, log.read_text()
+            time.sleep(0.2)
         yield found[0]
         urlopen(Request(f"{found[0]}/api/shutdown?token={TOKEN}", method="POST"), timeout=10)  # kernels too
-        with suppress(
-            subprocess.TimeoutExpired
-        ):  # on a busy machine; what is tested is over, and it is killed below
+        with suppress(subprocess.TimeoutExpired):  # on a busy machine; it is killed below
             process.wait(timeout=60)
     finally:
         if process.poll() is None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import chats
 import pytest
@@ -139,7 +140,12 @@ def test_the_histogram_and_the_table_of_an_epoch(said, lengths):
 
 
 def test_the_settings_are_those_of_the_file(said):
-    printed, given = yaml.safe_load(said["c04set2"]), yaml.safe_load((ROOT / PARAMS).read_text())
+    count, path = said["c04set2"].split(" settings in ")
+    printed, given = (
+        yaml.safe_load(Path(path.strip()).read_text()),
+        yaml.safe_load((ROOT / PARAMS).read_text()),
+    )
+    assert int(count) == len(printed)
     goal = yaml.safe_load((ROOT / given["goal"]).read_text())
     assert {name: printed[name] for name in goal} == goal
     same = {
