@@ -172,23 +172,27 @@ def compiled(tmp_path_factory):
     return json.loads((folder / "seen.json").read_text())
 
 
+@pytest.mark.ci
 def test_all_layers_share_few_graphs_and_none_breaks(compiled):
     assert compiled["breaks"] == {}
     assert 1 <= compiled["graphs"] <= 4
 
 
+@pytest.mark.ci
 def test_packed_rows_of_all_lengths_are_compiled_for_in_the_first_steps_alone(compiled):
     graphs = compiled["packed_graphs"]
     assert len(graphs) == 8 and graphs[0] > compiled["graphs"]
     assert len(set(graphs[2:])) == 1, graphs
 
 
+@pytest.mark.ci
 def test_a_checkpoint_leaves_the_last_projection_out(compiled):
     layers, products = compiled["layers"], compiled["products"]
     assert products["eager"] == 2 * 7 * layers
     assert products["compiled"] == products["eager"] - layers
 
 
+@pytest.mark.ci
 def test_compiled_gradients_are_close_to_eager_ones(compiled):
     assert compiled["names_agree"]
     assert compiled["gradients"] == 2 * 7 * compiled["layers"]

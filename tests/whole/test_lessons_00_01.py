@@ -172,6 +172,7 @@ def executed(tmp_path_factory):
     return "\n".join(printed), report["ranks"]
 
 
+@pytest.mark.ci  # a minute: both lessons run whole, as if the machine had one GPU
 @pytest.mark.notebook
 @pytest.mark.launch
 class TestLesson01:
