@@ -5,6 +5,7 @@ be read off.
 """
 
 import ast
+import symtable
 
 import nbformat
 
@@ -25,12 +26,11 @@ def uses_of_solutions(
     for solved, cell in zip(master.cells, student.cells, strict=True):
         if cell.cell_type != "code" or cell.source.startswith("%%"):
             continue
-        runs = _until_it_raises(cell.source)
-        made = _made(runs)
-        found += [(cell.id, name, missing[name]) for name in sorted((_used(runs) - made) & missing.keys())]
+        made, used = _names(_until_it_raises(cell.source))
+        found += [(cell.id, name, missing[name]) for name in sorted((used - made) & missing.keys())]
         missing = {name: exercise for name, exercise in missing.items() if name not in made}
         if solved.source != cell.source:
-            missing |= dict.fromkeys(_made(ast.parse(solved.source).body) - made, cell.id)
+            missing |= dict.fromkeys(_names(ast.parse(solved.source).body)[0] - made, cell.id)
     return found
 
 
@@ -40,19 +40,18 @@ def _until_it_raises(source: str) -> list[ast.stmt]:
     return statements[:at]
 
 
-def _made(statements: list[ast.stmt]) -> set[str]:
-    """The names that statements give a value, arguments of functions with them; `name = ...` gives none."""
-    names = set()
-    for node in (node for one in statements if not _is_stub(one) for node in ast.walk(one)):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    return names
+def _names(statements: list[ast.stmt]) -> tuple[set[str], set[str]]:
+    """The names of the notebook that statements give a value, and those that they use; a stub does neither."""
+    body = [one for one in statements if not _is_stub(one)]
+    top = symtable.symtable(ast.unparse(ast.Module(body, [])), "cell", "exec")
+    made = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    return made, {s.get_name() for s in top.get_symbols() if s.is_referenced()} | _used_within(top)
+
+
+def _used_within(table: symtable.SymbolTable) -> set[str]:
+    """The names of the notebook that functions and comprehensions use; their own are not among them."""
+    within = [s.get_name() for child in table.get_children() for s in child.get_symbols() if s.is_global()]
+    return set(within).union(*map(_used_within, table.get_children()))
 
 
 def _is_stub(statement: ast.stmt) -> bool:
@@ -66,8 +65,3 @@ def _is_stub(statement: ast.stmt) -> bool:
     value = statement.value
     values = value.elts if isinstance(value, ast.Tuple) else [value]
     return all(isinstance(one, ast.Constant) and one.value is ... for one in values)
-
-
-def _used(statements: list[ast.stmt]) -> set[str]:
-    nodes = (node for one in statements if not _is_stub(one) for node in ast.walk(one))
-    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}

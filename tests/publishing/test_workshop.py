@@ -67,6 +67,10 @@ NEEDS_A_SOLUTION = {
     "a value in a function": ([EXERCISE, "def more():\n    return root + 1"], "root"),
     "a new name": (["# solution begin\nimport math\n# solution end", "math.pi"], "math"),
     "a function": ([FUNCTION, "double(3)"], "double"),
+    "after a function that has such a name of its own": (
+        [EXERCISE, "def f(root):\n    return root", "root"],
+        "root",
+    ),
     "an exercise, before it raises": ([EXERCISE, "root + 1\n" + FUNCTION], "root"),
 }
 
@@ -74,7 +78,7 @@ NEEDS_A_SOLUTION = {
 @pytest.mark.parametrize("sources, name", NEEDS_A_SOLUTION.values(), ids=NEEDS_A_SOLUTION.keys())
 def test_a_cell_that_needs_a_solution_is_found_without_running_it(sources, name):
     notebook = master(*sources)
-    first, second = (cell.id for cell in notebook.cells[1:])
+    first, *_, second = (cell.id for cell in notebook.cells[1:])
     assert uses_of_solutions(notebook, editions.student(notebook)) == [(second, name, first)]
 
 
