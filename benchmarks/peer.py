@@ -53,8 +53,9 @@ def peer_run(folder: Path, run: DryRun) -> dict:
         variables["NBUTILS_CAP_GIB"] = str(run.cap_gib)
     script = folder / "train.py"
     words = launch_command(script.name, arguments, config.name, MEASURED_RUN, run.world_size)
+    said = " ".join(words).replace(str(weights), weights.name)
     record = {
-        **provenance(" ".join(words), run.commit),
+        **provenance(said, run.commit),
         "what": "PEFT examples/sft/train.py",
         "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in NEEDED},
         "config": {"layers": run.shape.layers, "batch": run.batch, "length": run.length, "ranks": ranks},

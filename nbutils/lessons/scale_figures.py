@@ -1,8 +1,6 @@
 """The pictures and tables of lesson 06: the memory plan beside the cards, and predictions beside records."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import yaml
@@ -19,10 +17,20 @@ SEVENTY = {
     "70b_fsdp1_offload_cap_b1_l1024": "recipe of 2024, unpatched",
     "70b_fsdp1_offload_cap_b1_l2048": "recipe of 2024",
     "70b_fsdp1_offload_cap_b2_l2048": "recipe of 2024",
+    "cap_21_gib/70b_resident_cap_b2_l2048": "resident",
+    "cap_21_gib/70b_fast_cap_b4_l2048": "fastest",
+    "cap_21_gib/70b_host_inputs_cap_b8_l2048": "fastest, inputs on the host",
+    "cap_21_gib/70b_host_inputs_cap_b12_l2048": "fastest, inputs on the host",
+    "cap_21_gib/70b_long_cap_b1_l32768": "longest rows",
+    "70b_fewest_bytes_cap_b1_l1024": "fewest bytes",
+    "70b_big_cards_b2_l2048": "big cards",
+}
+# Twelve layers of it, one run after the other on one machine.
+TWELVE = {
+    "peer_b2_l2048": "PEFT's example",
+    "70b_fsdp1_offload_cap_b2_l2048": "recipe of 2024",
     "70b_resident_cap_b2_l2048": "resident",
     "70b_fast_cap_b4_l2048": "fastest",
-    "70b_long_cap_b1_l32768": "longest rows",
-    "70b_fewest_bytes_cap_b1_l1024": "fewest bytes",
     "70b_big_cards_b2_l2048": "big cards",
 }
 # What a bar of the plan shows, and the items of the plan in it; all other items are the rest.
@@ -44,27 +52,28 @@ STYLES = [
 ]  # fmt: skip
 
 
-def recorded_runs(folder: str | Path = "benchmarks/results") -> dict[str, dict]:
-    """The recorded dry runs by name, those that the plan was fitted on first.
-
-    Args:
-        folder: of the records.
-    """
-    files = sorted(Path(folder).glob("*.json"))
-    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
-    dry = {name: run for name, run in runs.items() if run.get("outcome") in ("ok", "oom")}
-    return dict(sorted(dry.items(), key=lambda item: (not item[0].startswith("fit_"), item[0])))
-
-
 def recorded_70b() -> dict[str, dict]:
     """The recorded runs of 70B by the name that the lesson gives them, with rows a GPU and tokens a row."""
-    runs = recorded_runs()
-    return {f"{name}, {rows_of(runs[file])}": runs[file] for file, name in SEVENTY.items()}
+    return _by_name(SEVENTY)
+
+
+def recorded_beside_peer() -> dict[str, dict]:
+    """The same for 12 layers: PEFT's own example first, then ours."""
+    return _by_name({f"compare_12/{file}": name for file, name in TWELVE.items()})
+
+
+def _by_name(names: dict[str, str]) -> dict[str, dict]:
+    runs = {file: records.load(file) for file in names}
+    return {f"{name}, {rows_of(runs[file])}": runs[file] for file, name in names.items()}
 
 
 def rows_of(run: dict) -> str:
     """Rows a GPU and tokens a row, as `2 x 2,048`."""
-    return f"{run['config']['batch_size']} x {run['config']['seq_len']:,}"
+    config = run["config"]
+    rows, length = (
+        config.get(name) or config[other] for name, other in (("batch_size", "batch"), ("seq_len", "length"))
+    )
+    return f"{rows} x {length:,}"
 
 
 def where_from(runs: dict[str, dict]) -> str:
@@ -82,7 +91,7 @@ def plan_of(run: dict) -> Plan:
     """The plan for a recorded configuration, worked out now.
 
     Args:
-        run: one of `recorded_runs`.
+        run: one of `recorded_70b`.
     """
     config = run["config"]
     return plan(
@@ -179,11 +188,12 @@ def draw_speeds(runs: dict[str, dict]) -> None:
         runs: by label, under a cap or without one.
     """
     speeds = {label: run["measured"]["tokens_per_second"] for label, run in runs.items()}
+    caps = {label: run["config"].get("cap_gib") for label, run in runs.items()}
     first = next(iter(speeds))
     figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(runs) + 1.2))
     rows = []
     for row, (label, run) in enumerate(runs.items()):
-        capped, ratio = run["config"]["cap_gib"], speeds[label] / speeds[first]
+        capped, ratio = caps[label], speeds[label] / speeds[first]
         style = {"color": plots.ORANGE} if capped else {"color": plots.BLUE, "hatch": "///"}
         axes.barh(row, speeds[label], 0.6, edgecolor="white", **style)
         axes.text(speeds[label], row, f" {speeds[label]:,.0f} (x {ratio:.2f})", va="center", fontsize=8)
@@ -195,10 +205,8 @@ def draw_speeds(runs: dict[str, dict]) -> None:
     axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.2 * max(speeds.values())))
     axes.set_xlabel("tokens a second over both H200s; hatched: no cap")
     way = {label: label.split(",")[0] for label in runs}.get
-    best = max((label for label in runs if runs[label]["config"]["cap_gib"]), key=speeds.get)
-    title = (
-        f"Under the cap, {way(best)} is {speeds[best] / speeds[first]:.1f} times as fast as the {way(first)}"
-    )
+    best = max((label for label in runs if caps[label]), key=speeds.get)
+    title = f"Under the cap, {way(best)} is {speeds[best] / speeds[first]:.2f} times as fast as {way(first)}"
     axes.set_title(title, loc="left", fontsize=10)
     text = "; ".join(f"{label} {speed:,.0f}" for label, speed in speeds.items())
     plots.show(figure, f"{title}. Tokens a second over two H200s: {text}.")

@@ -99,7 +99,8 @@ def errors(fsdp_version: int) -> dict[str, float]:
         if "earlier" in file.parts or not isinstance(measured, dict) or not measured.get("step_seconds"):
             continue
         config = run["config"]
-        if config["fsdp_version"] == fsdp_version and config["world_size"] == 2 and _full(file.stem, config):
+        ours = config.get("fsdp_version") == fsdp_version and config["world_size"] == 2
+        if ours and _full(file.stem, config):
             found[str(file.relative_to(RESULTS))] = (
                 of_record(config, links).step / measured["step_seconds"] - 1
             )

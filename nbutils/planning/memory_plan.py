@@ -12,7 +12,7 @@ OUTSIDE = int(2.3 * GIB)  # CUDA context and NCCL, a rank; recorded on H200s: 1.
 # What a card of a nominal size shows to programs, in GiB: `total_memory` of torch.cuda.get_device_properties.
 CARDS = {16: 15.6, 24: 23.6, 40: 39.4, 48: 47.4, 80: 79.1, 141: 139.8}
 DRIVER = 0.4  # GiB that nvidia-smi's total counts besides: 24.0 for a card of 24 GB
-# Of what a card leaves, a plan may fill so much: it is off by up to 2 %, and PyTorch reserves more than it uses.
+# Of what a card leaves, a plan may fill so much: it is off by up to 3 %, and PyTorch reserves more than it uses.
 FILLED = 0.95
 
 

@@ -10,6 +10,7 @@ from nbutils.planning.memory_items import (
     logits_tile_bytes,
     packed_bytes,
     passing_bytes_per_token,
+    pinned_bytes,
     quantisation_state_bytes,
     saved_bytes_per_token,
 )
@@ -32,8 +33,9 @@ class Sizes:
     checkpoints: int  # inputs of the checkpointed layers that are on the GPU
     one_checkpoint: int
     kept: int  # what layers without a checkpoint keep
-    offloaded: int  # inputs that wait in host memory
+    offloaded: int  # inputs that wait in pinned host memory
     final_norm: int  # its input in fp32 and its output, kept for the backward pass of the loss
+    logits: int  # a tile of them
     computed_again: int
     unpacked: int  # weights in bf16 while they are multiplied
     passing: int  # gradients on their way through the down projection
@@ -69,8 +71,9 @@ class Sizes:
             checkpoints=min(3, checkpointed) * layer_input if waiting else checkpointed * layer_input,
             one_checkpoint=layer_input if checkpointed else 0,
             kept=(shape.layers - checkpointed) * tokens * kept,
-            offloaded=checkpointed * layer_input if waiting else 0,
+            offloaded=checkpointed * pinned_bytes(layer_input) if waiting else 0,
             final_norm=tokens * shape.hidden * (FP32 + BF16),
+            logits=logits_tile_bytes(shape, tokens),
             computed_again=tokens * saved if checkpointed else 0,
             unpacked=0 if choices.compile_layers else largest,  # compiled, it comes when most else is gone
             passing=tokens * passing_bytes_per_token(shape, choices.compile_layers),
@@ -144,4 +147,5 @@ class Sizes:
             "layers that keep everything": self.kept,
             "head": self.embedding,
             "last norm": self.final_norm,
+            "a tile of the logits": self.logits,
         }

@@ -15,8 +15,8 @@ REACHED, REACHED_COMPILED = 0.66, 0.80
 # What a step costs whatever its rows hold, as so many tokens more a rank: weights are unpacked three times.
 TOKENS_MORE = 700
 # Seconds of a step in which no layer is computed: tokens are looked up, the loss; and, offloaded, clipping and the
-# optimizer on the CPU.
-BESIDE, BESIDE_OFFLOADED = 0.05, 0.19
+# optimizer on the CPU's cores.
+BESIDE, BESIDE_OFFLOADED = 0.04, 0.13
 
 
 @dataclass(frozen=True)
