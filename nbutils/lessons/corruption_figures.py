@@ -29,7 +29,7 @@ def draw_damage(record: dict) -> None:
     axes.set_yticks(range(len(cases)), names)
     axes.invert_yaxis()
     axes.set_xlabel("loss of SmolLM2-135M, nats a token")
-    title = "A cast ruins a real model, and so does the copy with fp16 storage"
+    title = "A cast ruins a real model; with fp16 storage the copy would, too"
     axes.set_title(title, loc="right", fontsize=10)
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper right")

@@ -58,12 +58,14 @@ def draw_rates(sweep: dict[float, dict[int, float]]) -> None:
     axes.set(xlabel="optimizer step", ylabel="held-out loss, nats a token")
     axes.legend(title="learning rate")
     last = {rate: list(losses.values())[-1] for rate, losses in sweep.items()}
+    best, rates = min(last, key=last.get), sorted(last)
+    title = f"The held-out loss ends lowest at a rate of {best:.1e}"
+    axes.set_title(title, loc="left", fontsize=10)
     said = ", ".join(f"{loss:.3f} at {rate:.1e}" for rate, loss in last.items())
-    plots.show(figure, f"Held-out loss over the steps, one line for each learning rate. It ends with {said}.")
+    plots.show(figure, f"{title}. One line for each learning rate; they end with {said}.")
     steps = list(next(iter(sweep.values())))
     rows = [[f"{rate:.1e}", *(f"{losses[step]:.3f}" for step in steps)] for rate, losses in sweep.items()]
     plots.table(["rate", *(f"step {step}" for step in steps)], rows)
-    best, rates = min(last, key=last.get), sorted(last)
     print(f"lowest at {best:.1e}", end="")
     if best in (rates[0], rates[-1]):
         print(

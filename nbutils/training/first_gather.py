@@ -6,6 +6,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from nbutils.adapters.pieces import piece_of
 
+# The copy changes the few bytes that look like NaN, a cast nearly all of them.
+COPY = (
+    "The copy in the gather reads them as numbers (pytorch/pytorch#159333). Call "
+    "nbutils.patches.fsdp2_gather.gather_as_bytes() before training, as the script does, or take FSDP 1."
+)
+CAST = (
+    "A cast does that: FSDP gathers in another dtype than the one they are stored in (bnb_4bit_quant_storage). Set "
+    "bf16, fp16 or mixed_precision to the dtype of the storage, or load with that storage."
+)
+
 
 class AlteredWeights(RuntimeError):
     """What FSDP 2 gathers is not what the ranks hold."""
@@ -32,10 +42,10 @@ def check_first_gather(model: torch.nn.Module) -> None:
         brought = [_bytes(piece.cut(module.weight.detach())).cpu() for piece, module in zip(pieces, packed)]
         differ = sum((here != there).sum().item() for here, there in zip(held, brought))
         if differ:
+            whole = sum(map(torch.numel, held))
             raise AlteredWeights(
-                f"FSDP 2 gathered a layer with {differ:,} of this rank's {sum(map(torch.numel, held)):,} packed bytes "
-                "changed; none was wanted. The copy in the gather reads them as numbers (pytorch/pytorch#159333). Call "
-                "nbutils.patches.fsdp2_gather.gather_as_bytes() before training, as the script does, or take FSDP 1."
+                f"FSDP 2 gathered a layer with {differ:,} of this rank's {whole:,} packed bytes changed; none was "
+                f"wanted. {CAST if differ > whole / 2 else COPY}"
             )
 
     handle = unit.register_forward_pre_hook(compare)  # behind FSDP's own hook, which gathers

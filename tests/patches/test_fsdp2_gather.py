@@ -5,11 +5,17 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nbutils.common.paths import ROOT
 from nbutils.launching.launch import LaunchFailed, launch
 from nbutils.launching.script_file import write_script
+from nbutils.lessons.one_process import begin_alone
+from nbutils.models.loading import load_nf4
 from nbutils.models.tiny import tiny_base
+from nbutils.training.first_gather import AlteredWeights, check_first_gather
+from nbutils.training.prep import prepare_for_fsdp_qlora
 
 SETTINGS = {
     "dataset": "data/instructions/train.jsonl", "heldout_dataset": "data/instructions/heldout.jsonl", "max_steps": 2,
@@ -53,6 +59,21 @@ def test_the_copy_of_these_tests_changes_what_was_recorded_on_a_gpu(monkeypatch)
     assert changed == {name: seen[name] for name in changed}
 
 
+def test_a_cast_is_told_from_a_copy():
+    base = begin_alone()  # its 4-bit values lie in bf16
+    try:
+        model = prepare_for_fsdp_qlora(load_nf4(str(base)))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        policy = MixedPrecisionPolicy(param_dtype=torch.float16)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        check_first_gather(fully_shard(model, mesh=mesh, mp_policy=policy))
+        with pytest.raises(AlteredWeights, match=r"A cast does that: .* Set bf16, fp16 or mixed_precision"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.launch
 def test_a_copy_that_changes_nan_changes_nothing_in_the_script(tmp_path, like_cuda):
     for name in ("exact", "like_cuda"):
@@ -72,5 +93,5 @@ def test_without_the_line_the_first_gather_ends_the_run(tmp_path, like_cuda):
     )
     changed, held = (int(number.replace(",", "")) for number in found.groups())
     assert 0 < changed < 0.01 * held
-    assert "gather_as_bytes()" in str(failed.value)
+    assert "gather_as_bytes()" in str(failed.value) and "A cast does that" not in str(failed.value)
     assert not (tmp_path / "out/adapter").exists()
