@@ -1,6 +1,6 @@
 """A dry run at full size, without a download: random weights of the real shapes, the real script, a few real steps.
 
-Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 22.5
+Run as: python -m nbutils dryrun --model llama31_70b --config configs/accelerate/config_fsdp.yaml --cap-gib 21.3
 Or on rows of your own, with the settings of your parameter file:
 python -m nbutils dryrun --params configs/params/llama31_70b_2x24gb_fastest.yaml --data my_rows.jsonl
 """

@@ -1,7 +1,7 @@
 """Run a training script unchanged, under a memory cap if you like, and write down what each rank used.
 
 Run as: accelerate launch --config_file CONFIG -m nbutils.launching.measured_run SCRIPT.py ...
-with NBUTILS_MEASURE_DIR=folder and, for a cap, NBUTILS_CAP_GIB=22.5 in the environment; with NBUTILS_LINK_GBS the links
+with NBUTILS_MEASURE_DIR=folder and, for a cap, NBUTILS_CAP_GIB=21.3 in the environment; with NBUTILS_LINK_GBS the links
 are made slow (`nbutils.launching.slow_links`); with NBUTILS_PROFILE_STEP=5 one step is watched
 (`nbutils.launching.step_profile`).
 

@@ -77,14 +77,16 @@ def rows_of(run: dict) -> str:
 
 
 def where_from(runs: dict[str, dict]) -> str:
-    """One line for several records of one machine and day: where they were made, with all their commits.
+    """A line for the records of one machine and day: where they were made, with all their commits.
 
     Args:
         runs: by any name.
     """
-    commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
-    lines = {records.label(run | {"commit": commits, "date": run["date"][:10]}) for run in runs.values()}
-    return "\n".join(sorted(lines))
+    commits = {}
+    for run in runs.values():
+        place = records.label(run | {"commit": "COMMITS", "date": run["date"][:10]})
+        commits.setdefault(place, set()).add(run["commit"])
+    return "\n".join(place.replace("COMMITS", ", ".join(sorted(made))) for place, made in commits.items())
 
 
 def plan_of(run: dict) -> Plan:
