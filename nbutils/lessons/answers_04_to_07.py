@@ -130,7 +130,7 @@ ANSWERS_04_TO_07: dict[str, Judge] = {
     "04b.1": equal_to(
         lambda: 100,
         {
-            150: "That is the newest one, and it is torn.",
+            150: "That is the newest one, and it is damaged.",
             173: "Between two checkpoints nothing is kept.",
             172: "Between two checkpoints nothing is kept.",
             0: "There are complete checkpoints.",

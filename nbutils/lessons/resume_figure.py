@@ -7,16 +7,16 @@ from nbutils.lessons import plots
 NEW, AGAIN = {"facecolor": plots.SKY}, {"facecolor": plots.ORANGE, "hatch": "///"}
 
 
-def draw_resume(steps: int, save_steps: int, killed_in: int, torn: int) -> None:
+def draw_resume(steps: int, save_steps: int, killed_in: int, damaged: int) -> None:
     """Draw the steps of both runs as boxes and their checkpoints as diamonds, and print them.
 
     Args:
         steps: of the whole run.
         save_steps: a checkpoint is written after every so many.
         killed_in: the step in which the second run is killed.
-        torn: the checkpoint that is damaged; the second run goes on from the one before it.
+        damaged: this checkpoint is unusable; the second run goes on from the one before it.
     """
-    begins = torn - save_steps
+    begins = damaged - save_steps
     runs = {
         "never stopped": range(1, steps + 1),
         "killed": range(1, killed_in),
@@ -27,23 +27,25 @@ def draw_resume(steps: int, save_steps: int, killed_in: int, torn: int) -> None:
     for row, made in enumerate(runs.values()):
         for step in made:
             _box(axes, row, step, again=row == 2 and step < killed_in)
-        good = [step for step in saved[row] if (row, step) != (1, torn)]
+        good = [step for step in saved[row] if (row, step) != (1, damaged)]
         axes.plot(good, [row] * len(good), "D", color=plots.BLACK, markersize=7)
     axes.text(killed_in - 0.85, 1, "signal 9", va="center", color=plots.VERMILION, fontweight="bold")
-    axes.plot(torn, 1, "X", markersize=11, color=plots.VERMILION)
+    axes.plot(damaged, 1, "X", markersize=11, color=plots.VERMILION)
     axes.annotate("", (begins + 0.1, 1.8), (begins, 1.15), arrowprops={"arrowstyle": "->", "shrinkB": 4})
     axes.set(xlim=(0, steps + 0.4), ylim=(2.5, -0.5), xticks=[])
     axes.set_yticks(range(3), runs)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title(f"Checkpoint {torn} is damaged, so the run goes on from checkpoint {begins}", loc="left")
+    axes.set_title(
+        f"Checkpoint {damaged} is damaged, so the run goes on from checkpoint {begins}", loc="left"
+    )
     _legend(figure, axes)
     plots.show(
         figure, f"Steps of three launches. Killed in step {killed_in}; goes on from checkpoint {begins}."
     )
     written = [", ".join(map(str, each)) for each in saved]
-    written[1] += f"; {torn} is damaged"
+    written[1] += f"; {damaged} is damaged"
     plots.table(
         ["run", "steps", "checkpoints"],
         [(name, f"{made[0]} to {made[-1]}", each) for (name, made), each in zip(runs.items(), written)],

@@ -71,7 +71,7 @@ ANSWERED = {
     "04.1": (1120, 560, "an A and a B"),
     "04.2": (True, False, "run.json of this launch"),
     "04.3": (320, 288, "still lose"),
-    "04b.1": (100, 150, "torn"),
+    "04b.1": (100, 150, "it is damaged"),
     "04b.2": ("checkpoint-5", "checkpoint-4", "was it asked"),
     "04b.3": ("checkpoint-4", "checkpoint-6", "did not reach the file"),
     "05.1": ("b", "a", "the names"),
