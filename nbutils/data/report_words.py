@@ -79,14 +79,14 @@ def _histogram(lengths: list[int], max_length: int, bars: int = 10, width: int =
 
 def _epoch(report: DataReport, batch: Batch) -> str:
     def line(name: str, made: Batches) -> str:
-        a_step = made.tokens / max(made.steps, 1)
-        return f"  {name:12} {made.rows:>8,} {made.fill:>8.0%} {made.steps:>8,} {a_step:>16,.0f}"
+        a_step = report.tokens / max(made.steps, 1)  # padding left out, as `whole_run` counts
+        return f"  {name:12} {made.rows:>8,} {made.fill:>8.0%} {made.steps:>8,} {a_step:>20,.0f}"
 
     return "\n".join(
         [
             f"one epoch with {batch.rows} rows or packs a rank, {batch.ranks} ranks, "
             f"{batch.accumulation} {'pass' if batch.accumulation == 1 else 'passes'} a step",
-            f"  {'':12} {'rows':>8} {'text':>8} {'steps':>8} {'tokens a step':>16}",
+            f"  {'':12} {'rows':>8} {'text':>8} {'steps':>8} {'text tokens a step':>20}",
             line("as they come", report.padded),
             line("packed", report.packed),
         ]

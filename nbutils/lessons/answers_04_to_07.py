@@ -200,8 +200,8 @@ EXPLAINED = {
     "04.2": """\
 The check after saving proves that the file is what the ranks hold. It cannot know how they began.
 On CPUs each rank keeps its part of its own copy, so this adapter is a patchwork of several
-beginnings: it trains, and no seed makes it again. On GPUs FSDP 1 has `fsdp_sync_module_states`,
-which sends rank 0's copy to all while it wraps (notebook 01b).""",
+beginnings: it trains, and no single seed makes it again. On GPUs FSDP 1 has
+`fsdp_sync_module_states`, which sends rank 0's copy to all while it wraps (notebook 01b).""",
     "04b.2": """\
 The launch says that the ranks have saved, and prints the command that goes on. Status 75 is for
 whoever started it: Slurm, or a loop in a shell, knows by it that the same command should be started
