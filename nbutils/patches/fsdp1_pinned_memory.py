@@ -1,6 +1,7 @@
 """FSDP 1 with parameters in host memory: reserve there what frozen weights need, and not three times as much.
 
-Changes `FlatParamHandle.init_flat_param_attributes` of torch. Ran with torch 2.11 and 2.13. We found no upstream issue.
+Changes `FlatParamHandle.init_flat_param_attributes` of torch. Ran with torch 2.11 and 2.13 on
+GPUs, with 2.15 on CPUs. We found no upstream issue.
 """
 
 import functools

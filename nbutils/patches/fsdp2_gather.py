@@ -1,6 +1,7 @@
 """FSDP 2 gathers weights with a copy that reads them as numbers. Packed 4-bit weights are none, and stay whole here.
 
-Changes `_get_all_gather_input_metadatas` of torch. Ran with torch 2.11 and 2.13. Upstream: pytorch/pytorch#159333 (the
+Changes `_get_all_gather_input_metadatas` of torch. Ran with torch 2.11, 2.13 and
+2.15. Upstream: pytorch/pytorch#159333 (the
 copy), bitsandbytes-foundation/bitsandbytes#1945 (what it does to 4-bit weights).
 """
 
