@@ -95,12 +95,11 @@ def check_packages(
 
 
 def _check_on_gpus(name: str, installed: str, wanted: str, recorded: str) -> Check:
-    if installed == recorded:
-        return Check(name, f"{installed}; as in most records on GPUs")
-    found = f"{installed}; on GPUs most records are of {recorded}"
-    if installed == wanted:
-        return Check(name, found)
-    return Check(name, found, WARN, f"The course was tested with {wanted} on CPUs and {recorded} on GPUs.")
+    if installed in (wanted, recorded):
+        which = "newer" if installed == wanted else "older"
+        return Check(name, f"{installed}; as in the {which} records on GPUs")
+    found = f"{installed}; records on GPUs are of {wanted} and {recorded}"
+    return Check(name, found, WARN, f"The course was tested with {wanted}: pip install {name}=={wanted}")
 
 
 # ---------------------------------------------------------------- GPUs

@@ -56,7 +56,7 @@ def test_when_the_time_is_up_the_ranks_save_first(tmp_path, capsys):
     assert "stopped and saved after 0:" in capsys.readouterr().out
     message = str(stopped.value)
     assert "The launch had not ended after 12 s, and its ranks were asked to end. They have saved" in message
-    last = " ".join(message.splitlines()[2:]).replace("\\", "")
+    last = " ".join(" ".join(message.splitlines()[2:]).replace("\\", "").split())
     assert last.startswith("accelerate launch --config_file") and last.endswith("--resume true")
 
 
