@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from nbutils.lessons.step_figures import PUBLISHED, STATED, errors, recorded_links, slow_link_rows
+from nbutils.common.paths import ROOT
+from nbutils.lessons.hours_table import estimated_rows
+from nbutils.lessons.step_figures import (
+    PUBLISHED,
+    STATED,
+    WAYS,
+    errors,
+    pcie_rows,
+    recorded_links,
+    slow_link_rows,
+)
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import shape_of
 from nbutils.planning.step_estimate import estimate, incoming_bytes, pcie4_links, waiting_seconds
@@ -40,6 +50,22 @@ def test_every_record_of_full_rows_is_estimated(version, error):
     off = errors(version)
     assert len(off) >= 3
     assert all(abs(value) < error for value in off.values()), off
+
+
+def test_the_readme_and_the_evidence_say_what_is_estimated_for_24_gb_cards():
+    fastest = list(WAYS).index("fastest")
+    speeds = [float(row[2 + fastest].split()[0]) for row in pcie_rows(SEVENTY) if row[0].endswith("x16")]
+    said = [f"{speed:.0f}" for speed in (round(speed, -1) for speed in speeds)]
+    hours = [
+        " to ".join(f"{float(end):.0f}" for end in row[3].split(" to "))
+        for row in estimated_rows(SEVENTY, 2, 2048, samples=10_000, tokens=500)
+    ]
+    readme, evidence = (
+        " ".join((ROOT / page).read_text().split()) for page in ("README.md", "docs/evidence.md")
+    )
+    assert f"two 3090s are estimated at {said[0]} tokens/s, two 4090s at {said[1]}." in readme
+    assert f"10,000 rows of 500 tokens, packed: {hours[0]} hours on 3090s, {hours[1]} on 4090s" in readme
+    assert f"estimates {said[0]} tokens/s on two 3090s and {said[1]} on two 4090s" in evidence
 
 
 @pytest.mark.parametrize("card", STATED)
