@@ -114,7 +114,7 @@ def compare_logits(
     if not result["reloaded"] <= result["tolerance"]:
         raise AdapterMismatch(
             f"The reloaded model's logits differ from the trained model's by {result['reloaded']:.2e} of the largest "
-            f"logit; at most {result['tolerance']:.2e} was wanted. Compare the base that each of the two was loaded on."
+            f"logit; at most {result['tolerance']:.2e} was wanted. Compare adapter_config.json and base of the two."
         )
     if not result["base"] > 2 * result["reloaded"]:
         raise AdapterMismatch(
