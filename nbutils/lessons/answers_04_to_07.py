@@ -140,7 +140,7 @@ ANSWERS_04_TO_07: dict[str, Judge] = {
         lambda: "checkpoint-5",
         {
             "checkpoint-4": "That one is written every second step. Was the rank killed, or was it asked?",
-            "checkpoint-6": "The run reached its end. Before which step was the signal sent?",
+            "checkpoint-6": "The signal came in the sixth step. Send it one step earlier.",
         },
     ),
     "04b.3": equal_to(

@@ -134,7 +134,7 @@ def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[lis
         row("fsdp_sharding_strategy", "weights kept all the time", ("FULL_SHARD", weights["FULL_SHARD"].kept),
             ("NO_SHARD", weights["NO_SHARD"].kept)),
         row("fsdp_auto_wrap_policy", "largest piece gathered at once", ("TRANSFORMER_BASED", root),
-            ("NO_WRAP", layers + root + adapter)),
+            ("NO_WRAP (FSDP 2)", layers + root + adapter)),
         row("fsdp_offload_params", "highest moment of the run", ("true", peaks[1, True]), ("false", peaks[1, False])),
         row("fsdp_version", "the same, without offload", ("1", peaks[1, False]), ("2", peaks[2, False])),
         row("mixed_precision", "adapter, gradients, Adam", ("no (bf16)", trained["bfloat16"]),

@@ -1,4 +1,4 @@
-"""Lesson 00's training: the real script on two ranks, in half a minute."""
+"""Lesson 00's training: the real script on two ranks, in less than a minute."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
 FSDP 1 shards among as many ranks as a process sees devices, and takes it that these ranks share a machine. With one
 device it calls the group of one NO_SHARD and leaves out the sum over the others as well: each rank trains an adapter of
-its own, and nothing says so (torch 2.13, `torch.distributed.fsdp._init_utils`).
+its own, and only a warning of torch says so (torch 2.13, `torch.distributed.fsdp._init_utils`).
 """
 
 # As accelerate reads them, in any case of letters: the names, torch's own name of the second, and the numbers.
