@@ -49,6 +49,7 @@ def dried(tmp_path_factory):
 
 
 @pytest.mark.launch
+@pytest.mark.ci
 def test_it_trains_on_the_rows_themselves_as_the_night_will(dried):
     folder, record, _ = dried
     settings = yaml.safe_load((folder / "run/train.yaml").read_text())
@@ -65,6 +66,7 @@ def test_it_trains_on_the_rows_themselves_as_the_night_will(dried):
 
 
 @pytest.mark.launch
+@pytest.mark.ci
 def test_what_a_step_trains_on_is_text_and_no_padding(dried):
     """From the trainer's own count, step by step; the rows of a pack are real chats."""
     folder, record, _ = dried
@@ -79,6 +81,7 @@ def test_what_a_step_trains_on_is_text_and_no_padding(dried):
 
 
 @pytest.mark.launch
+@pytest.mark.ci
 def test_every_number_that_it_prints(dried):
     folder, record, said = dried
     ranks = [
@@ -137,6 +140,7 @@ def test_every_number_that_it_prints(dried):
 
 
 @pytest.mark.launch
+@pytest.mark.ci
 def test_the_report_on_the_file_takes_its_hours_from_it(dried, capsys):
     from nbutils.__main__ import main as typed
 

@@ -60,6 +60,7 @@ def test_when_the_time_is_up_the_ranks_save_first(tmp_path, capsys):
     assert last.startswith("accelerate launch --config_file") and last.endswith("--resume true")
 
 
+@pytest.mark.ci  # a quarter of a minute
 def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
     path = script(tmp_path, HANGS)
     started = time.monotonic()
@@ -69,6 +70,7 @@ def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
     assert ranks_of(path) == []
 
 
+@pytest.mark.ci  # a quarter of a minute
 def test_an_error_while_saving_is_not_hidden_by_the_stop(tmp_path):
     path = script(
         tmp_path, SAVES.replace("end_to_be_resumed()\n", "raise OSError(28, 'No space left on device')\n")
