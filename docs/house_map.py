@@ -7,6 +7,7 @@ With reports of `python -m pytest --junitxml=JUNIT.xml` the seconds of each file
 
 import ast
 import json
+import re
 import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -69,8 +70,10 @@ def suites() -> str:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
         said = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
-        tier = "CI" if "pytestmark" in text and "mark.ci" in text else "each commit"
-        more = ", parts by hand" if "mark.matrix" in text else ""
+        all_in_ci = re.search(r"^pytestmark = .*mark\.ci\b", text, re.MULTILINE)
+        tier = "CI" if all_in_ci else "each commit"
+        more = ", parts in CI" if "mark.ci" in text and not all_in_ci else ""
+        more += ", parts by hand" if "mark.matrix" in text else ""
         name = str(path.relative_to(ROOT))
         lines.append(f"| `{name}` | {said.replace('|', ' ')} | {tier}{more} | {seconds.get(name, '-')} |")
     return "\n".join(lines) + "\n"

@@ -15,9 +15,8 @@ from nbutils.common.refused import Refused
 
 # What decides how a run goes: every record names their versions.
 STACK = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets", "safetensors")
-RECORDED_ON_GPUS = {
-    "torch": "2.11.0"
-}  # of the older records in benchmarks/results; the newer are of the lock's
+# Of the older records in benchmarks/results; the newer are of the lock's.
+RECORDED_ON_GPUS = {"torch": "2.11.0"}
 UNTESTED = "NBUTILS_UNTESTED"  # the environment variable that turns the refusal of versions into a sentence
 # What executes and shows the notebooks besides.
 TOOLS = ("papermill", "nbclient", "jupyterlab", "matplotlib")

@@ -49,17 +49,19 @@ def saved_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
     return norms + queries + keys + mlp
 
 
-def passing_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
+def passing_bytes_per_token(shape: Shape, compiled: bool = False, stacked: bool = True) -> int:
     """Gradients that are alive at once in the backward pass of a layer, in bytes a token.
 
     Eager: the gradient that came in and that of the down projection's input. Compiled, the peak is a moment later, in
     the graph that holds gate and up: three tensors of the MLP's width more than what the layer kept, the gradient that
-    came in, and one that goes out. (Fitted on `cap_21_gib/`: the recorded peaks grow so from 8,192 tokens to 32,768.
-    Before gate and up shared a product with their A's it was one tensor of the MLP's width more, and one less of the
-    hidden width.)
+    came in, and one that goes out. (Fitted on `cap_21_gib/`: the recorded peaks grow so from 8,192 tokens to 32,768.)
+    Where gate and up do not share a product with their A's, as with dropout, it is one tensor of the MLP's width more,
+    and one less of the hidden width (fitted on runs made before they did).
     """
-    if compiled:
+    if compiled and stacked:
         return BF16 * (2 * shape.hidden + 3 * shape.intermediate)
+    if compiled:
+        return BF16 * (shape.hidden + 4 * shape.intermediate)
     return BF16 * (shape.hidden + shape.intermediate)
 
 

@@ -76,7 +76,7 @@ class Sizes:
             logits=logits_tile_bytes(shape, tokens),
             computed_again=tokens * saved if checkpointed else 0,
             unpacked=0 if choices.compile_layers else largest,  # compiled, it comes when most else is gone
-            passing=tokens * passing_bytes_per_token(shape, choices.compile_layers),
+            passing=tokens * passing_bytes_per_token(shape, choices.compile_layers, choices.stacked_adapters),
             on_host=choices.embeddings_on_host,
             accumulating=choices.accumulation > 1 and setup.fsdp_version > 0,
             evaluated=evaluating_bytes(shape, evaluated, largest),

@@ -78,6 +78,8 @@ class Choices:
         accumulation: forward passes a step.
         eval_batch: rows a rank in an evaluation; None means as many as in training.
         keeps_checkpoints: some are written while it trains.
+        stacked_adapters: compiled, gate and up share a product with their A's; with dropout they do not
+            (`nbutils.training.stacked_adapters`).
     """
 
     embeddings_on_host: bool = False
@@ -88,6 +90,7 @@ class Choices:
     accumulation: int = 1
     eval_batch: int | None = None
     keeps_checkpoints: bool = True
+    stacked_adapters: bool = True
 
     @classmethod
     def read(cls, settings: dict) -> "Choices":
@@ -107,6 +110,7 @@ class Choices:
             accumulation=settings.get("gradient_accumulation_steps", 1),
             eval_batch=settings.get("per_device_eval_batch_size"),
             keeps_checkpoints=settings.get("save_strategy", "steps") != "no",
+            stacked_adapters=not settings.get("lora_dropout"),
         )
 
     @classmethod

@@ -84,9 +84,11 @@ def test_each_moment_that_was_seen_is_predicted_and_not_the_highest_alone(run):
         if name not in ("wrapping", "first layer of an evaluation")
     )
     assert wrapping == pytest.approx(phases["wrapped"][0], rel=0.01)
-    # With few layers what does not grow with them weighs more.
+    # With few layers what does not grow with them weighs more. Under offload the loss is planned with all that may be
+    # on its way to the next layer: half a percent more.
     few = run["config"]["num_layers"] == 12
-    assert training == pytest.approx(phases["trained"][0], rel=0.035 if few else 0.025)
+    loss = plan_of(run).peak_moment == "loss" and run["config"]["offload"]
+    assert training == pytest.approx(phases["trained"][0], rel=0.035 if few else 0.025 if loss else 0.02)
 
 
 def test_host_memory_is_within_twelve_percent(run):
@@ -411,14 +413,26 @@ def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, layers, tmp
     longest = max(len(json.loads(line)["text"].split()) for line in rows.open())  # a letter is a token
     run = json.loads((RESULTS / f"chats/chats_{layers}_{name}.json").read_text())
     shape = replace(SHAPES["llama31_70b"], layers=layers)
-    planned = plan(shape, Setup(2, 2, True), batch, longest, choices=choices_of(run)).gpu_peak_bytes
+    then = replace(choices_of(run), stacked_adapters=False)  # they ran before gate and up shared a product
+    planned = plan(shape, Setup(2, 2, True), batch, longest, choices=then).gpu_peak_bytes
     if run["outcome"] == "oom":
         assert planned > run["config"]["cap_gib"] * GIB
     else:
         near = 0.03 if name == "grouped" else 0.15
-        # They ran before gate and up shared a product with their A's, which saves a tensor of the MLP's width.
-        assert (1 - near) * planned < run["measured"]["gpu_peak_bytes"] < 1.08 * planned
+        assert (1 - near) * planned < run["measured"]["gpu_peak_bytes"] < 1.03 * planned
     assert run["predicted"]["gpu_peak_bytes"] > 1.7 * planned, "every row taken for full"
+
+
+@pytest.mark.parametrize("name", ["70b_long_cap_b1_l32768", "fit_one_gpu_fast_offload_b1_l32768"])
+def test_without_the_shared_product_as_with_dropout_a_layer_holds_more(name):
+    """Records of before, of long rows; and a setting of the script that leaves each adapter to PEFT."""
+    assert Choices.read({"lora_dropout": 0.05}) == Choices(stacked_adapters=False)
+    run = json.loads((RESULTS / "earlier" / f"{name}.json").read_text())
+    config, then = run["config"], replace(choices_of(run), stacked_adapters=False)
+    shape = replace(SHAPES[config["model"]], layers=config["num_layers"])
+    setup = Setup(config["world_size"], config["fsdp_version"], config["offload"])
+    planned = plan(shape, setup, config["batch_size"], config["seq_len"], choices=then).gpu_peak_bytes
+    assert planned == pytest.approx(run["measured"]["gpu_peak_bytes"], rel=0.02)
 
 
 def test_accumulation_keeps_the_gradients_of_the_whole_adapter_on_each_gpu():
