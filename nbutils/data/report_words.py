@@ -42,7 +42,7 @@ def _counts(report: DataReport) -> str:
         ("conversations that can be trained on", f"{report.conversations:,}"),
         ("of them equal to an earlier one", f"{report.duplicates:,}"),
         ("rows for the trainer", f"{report.kept:,}"),
-        ("tokens in them", f"{report.tokens:,}"),
+        ("tokens in them after the cut", f"{report.tokens:,}"),
         (
             "tokens learned",
             f"{report.tokens_learned:,} ({report.tokens_learned / max(report.tokens, 1):.0%})",

@@ -204,7 +204,7 @@ def draw_speeds(runs: dict[str, dict]) -> None:
             [label, f"{capped} GiB" if capped else "none", peak, f"{speeds[label]:,.0f}", f"{ratio:.2f}"]
         )
     axes.set_yticks(range(len(runs)), runs)
-    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.2 * max(speeds.values())))
+    axes.set(ylim=(len(runs) - 0.5, -0.6), xlim=(0, 1.3 * max(speeds.values())))
     axes.set_xlabel("tokens a second over both H200s; hatched: no cap")
     way = {label: label.split(",")[0] for label in runs}.get
     best = max((label for label in runs if caps[label]), key=speeds.get)

@@ -27,7 +27,7 @@ from nbutils.planning.link_checks import check_links
 from nbutils.planning.links import FILE
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.memory_plan import DRIVER, left_gib
-from nbutils.planning.model_needs import MODELS, Model, gpu_gib, has_room, host_gib
+from nbutils.planning.model_needs import MODELS, Model, gpu_gib, has_room, host_gib, host_gib_resident
 
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
 
@@ -170,6 +170,13 @@ def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
         return Check("host memory", found)
     if found_gib >= least:
         return Check("host memory", found, WARN, "Add swap on an NVMe disk, or close other programs.")
+    resident = host_gib_resident(model, ranks)
+    if model.mapped and found_gib >= resident:
+        found = f"{found_gib:.0f} GiB; {ranks} ranks need {least:.0f} with offload, {resident:.0f} without"
+        cure = (
+            "Train without offload, with configs/goals/resident_2x24gb.yaml: the cards must hold all weights."
+        )
+        return Check("host memory", found, WARN, cure)
     return Check(
         "host memory",
         found,

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 from nbutils.planning.memory_items import BF16, GIB, LIBRARIES_CPU, packed_bytes, quantisation_state_bytes
 from nbutils.planning.memory_plan import FILLED, OUTSIDE, left_gib, plan
-from nbutils.planning.run_setup import Setup
+from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES, Shape
 
 # A bf16 checkpoint up to this size is quantised by each rank for itself: nbutils.models.loading.
 IN_MEMORY_GB = 20
 RUNS_GIB = 2  # logs, adapters and a few checkpoints
+# configs/params/llama31_70b_2x24gb_resident.yaml: the weights stay on the cards, and two rows of 2,048 tokens fit.
+RESIDENT = Choices(embeddings_on_host=True, compile_layers=True, offload_activations=True)
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,13 @@ def host_gib(model: Model, ranks: int) -> tuple[float, float]:
     if model.mapped:
         return held, held + model.copy_gib
     return held + ranks * model.copy_gib, held + ranks * model.copy_gib + 2
+
+
+def host_gib_resident(model: Model, ranks: int) -> float:
+    """Host memory for all ranks together where the weights stay on the cards: the settings *resident*, FSDP 2.
+
+    Returns:
+        GiB, with two rows of 2,048 tokens a rank.
+    """
+    host = plan(model.shape, Setup(ranks, 2, offload=False), batch=2, length=2048, choices=RESIDENT).host
+    return ranks * sum(host.values()) / GIB

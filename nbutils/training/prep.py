@@ -10,8 +10,8 @@ def prepare_for_fsdp_qlora(
 ) -> PreTrainedModel:
     """Freeze the base, keep its dtypes, and let gradients flow through it.
 
-    It does what `peft.prepare_model_for_kbit_training` does but for one step: norms, embedding and head stay in the
-    dtype they were loaded in (bf16), because FSDP 1 builds one flat parameter out of each unit and a flat parameter
+    It differs from `peft.prepare_model_for_kbit_training` in one step above all: norms, embedding and head stay in
+    the dtype they were loaded in (bf16), because FSDP 1 builds one flat parameter out of each unit and a flat parameter
     has one dtype.
 
     Args:

@@ -1,5 +1,6 @@
 """`python -m nbutils data`: every number of the report counted a second time by other means."""
 
+import argparse
 import json
 import random
 import re
@@ -9,7 +10,7 @@ import chats
 import pytest
 
 from nbutils.__main__ import main
-from nbutils.data.commands import recorded_speed
+from nbutils.data.commands import chosen, recorded_run
 from nbutils.data.packs import padded
 from nbutils.data.report import Batch, Speed, look_at_data
 from nbutils.data.report_words import in_words, marked
@@ -154,12 +155,26 @@ def test_a_file_of_which_nothing_is_left_ends_with_status_1(tmp_path, capsys):
 
 
 def test_the_speed_of_a_record(tmp_path):
-    speed, taken = recorded_speed(Path("benchmarks/results/70b_fast_cap_b4_l2048.json"))
-    assert speed > 1000 and taken is None
-    (tmp_path / "own.json").write_text(
-        json.dumps({"measured": {"tokens_per_second": 5}, "config": {"rows": {"taken": "packed"}}})
-    )
-    assert recorded_speed(tmp_path / "own.json") == (5, "packed")
+    speed, taken, config = recorded_run(Path("benchmarks/results/70b_fast_cap_b4_l2048.json"))
+    assert speed > 1000 and taken is None and config["batch_size"] == 4
+    own = {"rows": {"taken": "packed"}, "seq_len": 64, "batch_size": 3, "gradient_accumulation_steps": 2}
+    (tmp_path / "own.json").write_text(json.dumps({"measured": {"tokens_per_second": 5}, "config": own}))
+    assert recorded_run(tmp_path / "own.json") == (5, "packed", own)
     (tmp_path / "x.json").write_text('{"measured": {"tokens_per_second": null}}')
     with pytest.raises(ValueError, match=r"x\.json holds no tokens_per_second under measured"):
-        recorded_speed(tmp_path / "x.json")
+        recorded_run(tmp_path / "x.json")
+
+
+def test_length_and_batch_are_the_records_unless_they_are_given(tmp_path, capsys):
+    own = {"rows": {"taken": "packed"}, "seq_len": 64, "batch_size": 3, "gradient_accumulation_steps": 2}
+    (tmp_path / "own.json").write_text(json.dumps({"measured": {"tokens_per_second": 5}, "config": own}))
+    options = argparse.Namespace(
+        max_length=None, per_device_train_batch_size=None, num_processes=4, gradient_accumulation_steps=None
+    )
+    assert chosen(options, own) == [64, 3, 4, 2]
+    assert chosen(options, {}) == [2048, 4, 4, 1]
+    rows = ["data", "data/instructions/train.jsonl", "--record", str(tmp_path / "own.json")]
+    assert main(rows) == 0
+    assert "answers cut by max_length 64" in (recorded := capsys.readouterr().out)
+    assert main([*rows, "--max-length", "64", "--gradient-accumulation-steps", "2"]) == 0
+    assert capsys.readouterr().out == recorded

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from nbutils.common import nvidia_smi, provenance, versions
 from nbutils.common.paths import ROOT
@@ -16,7 +17,7 @@ from nbutils.planning import doctor
 from nbutils.planning.doctor import FAIL, OK, WARN
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.memory_plan import CARDS
-from nbutils.planning.model_needs import IN_MEMORY_GB, MODELS, host_gib
+from nbutils.planning.model_needs import IN_MEMORY_GB, MODELS, host_gib, host_gib_resident
 
 BIG, TINY = MODELS["llama31_70b"], MODELS["tiny"]
 RTX3090 = {"index": 0, "name": "NVIDIA GeForce RTX 3090", "gib": 24.0, "capability": 8.6}
@@ -99,9 +100,19 @@ def test_host_memory_is_what_was_measured_and_not_a_copy_a_rank():
     assert (
         doctor.check_host_memory(BIG, 2, least + 1).verdict == WARN
     )  # the mapped checkpoint will be read again
-    assert doctor.check_host_memory(BIG, 2, least - 1).verdict == FAIL
     four = host_gib(BIG, 4)[0]
     assert least < four < 1.3 * least  # four ranks share the weights as two do: each brings its own libraries
+
+
+def test_with_little_host_memory_the_doctor_names_the_settings_that_need_little():
+    recorded = json.loads((ROOT / "benchmarks/results/cap_21_gib/70b_resident_cap_b2_l2048.json").read_text())
+    resident = host_gib_resident(BIG, 2)
+    assert resident == pytest.approx(recorded["measured"]["host_bytes"] / GIB, rel=0.1)
+    check = doctor.check_host_memory(BIG, 2, resident + 1)
+    assert check.verdict == WARN
+    (file,) = re.findall(r"configs/\S+\.yaml", check.fix)
+    assert yaml.safe_load((ROOT / file).read_text())["embeddings_on_host"]
+    assert doctor.check_host_memory(BIG, 2, resident - 1).verdict == FAIL
 
 
 def test_a_small_model_is_quantised_by_each_rank_for_itself():

@@ -26,9 +26,7 @@ def cell_of(notebook: str, words: str) -> str:
 
 
 def test_each_import_of_the_script_has_its_price():
-    rows = re.findall(
-        r"^\| (`.*?) \| (.+?) \| (.+?) \|$", cell_of("04", "### What each import"), re.MULTILINE
-    )
+    rows = re.findall(r"^\| (`.*?) \| (.+?) \| (.+?) \|$", cell_of("04", "## What each import"), re.MULTILINE)
     priced = {name for cell, _, _ in rows for name in re.findall(r"`(\w+)`", cell)}
     imported = {
         alias.name

@@ -97,7 +97,7 @@ def test_the_counts_of_the_report(said, rows, lengths):
     assert number("rows", report) == number("conversations that can be trained on", report) == ROWS
     assert number("of them equal to an earlier one", report) == 1
     assert number("rows for the trainer", report) == ROWS
-    assert number("tokens in them", report) == sum(cut)
+    assert number("tokens in them after the cut", report) == sum(cut)
     assert number("answers", report) == len(answers)
     assert number(f"answers cut by max_length {LENGTH}", report) == len(over) == 1
     assert f"({1 / len(answers):.1%})" in report
