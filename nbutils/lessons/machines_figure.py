@@ -58,8 +58,8 @@ def draw_two_machines(shape: Shape, step_seconds: float, whose: str) -> None:
         axes.plot(gigabits(links), at_worst, color=colour, marker=marker, linestyle="", label=name)
         for link, worst in zip(links, at_worst):
             if worst < 1.9 or not hybrid:
-                above = 7 if abs(worst - 1) < 0.1 else -8  # clear of the line of one machine
-                place = {"xytext": (18, above), "textcoords": "offset points", "ha": "center"}
+                aside = (-18, 8) if abs(worst - 1) < 0.1 else (18, -8)  # clear of the line of one machine
+                place = {"xytext": aside, "textcoords": "offset points", "ha": "center"}
                 axes.annotate(f"{worst:.2f}", (gigabits(link), worst), **place)
     axes.axhline(1, color=plots.BLACK, marker="", linestyle=":", label="one machine")
     axes.set(xscale="log", xlabel="link between the machines, Gbit/s", ylim=(-0.15, 2.1), xlim=(0.85, 640))
