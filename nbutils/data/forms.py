@@ -58,10 +58,15 @@ def conversation_of(row: dict, where: str, ignored: frozenset[str] = frozenset()
 
 def _conversation(turns: list[Turn], where: str, left_out: frozenset[str]) -> Conversation:
     answers = [i for i, (role, _, _) in enumerate(turns) if role == "assistant"]
-    if not answers or answers[0] == 0:
+    if not answers:
         raise RowRefused(
-            "no answer",
-            "the conversation has no assistant turn after a user turn, so there is nothing to train on.",
+            "no answer", "the conversation has no assistant turn, so there is nothing to train on."
+        )
+    if answers[0] == 0:
+        raise RowRefused(
+            "begins with an answer",
+            "the conversation begins with an assistant turn, which answers nothing. "
+            "Take that turn out, or put the user's turn before it.",
         )
     last = max((i for i, (_, _, learned) in enumerate(turns) if learned), default=None)
     if last is None:

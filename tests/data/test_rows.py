@@ -201,6 +201,12 @@ BAD = {
         '{"messages": [{"role": "user", "content": "x"}]}',
         r"row 1: the conversation has no assistant turn",
     ),
+    "an assistant turn at the beginning": (
+        "a.jsonl",
+        '{"messages": [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "x"}, '
+        '{"role": "assistant", "content": "y"}]}',
+        r"row 1: the conversation begins with an assistant turn, which answers nothing\. Take that turn out",
+    ),
     "a foreign role": (
         "a.jsonl",
         '{"messages": [{"role": "human", "content": "x"}]}',
