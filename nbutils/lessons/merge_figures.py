@@ -71,17 +71,18 @@ def draw_change_kept(
     for label, (size, left) in real.items():
         axes.plot(size, left, "*", color=plots.BLACK, markersize=11)
         side = "left" if size < 0.01 else "right"
-        axes.annotate(label, (size, left + 0.07), fontsize=9, ha=side)
+        axes.annotate(label.replace(", ", "\n"), (size, left + 0.07), fontsize=9, ha=side)
     if yours is not None:
         axes.axvline(yours, color=plots.BLACK, linestyle="--", linewidth=1, marker="")
         axes.annotate("your adapter, \none layer ", (yours, 0.15), fontsize=9, ha="right")
     axes.set_xscale("log")
     axes.set_xticks(TICKS, [f"{100 * size:g}%" for size in TICKS])
     axes.minorticks_off()
-    axes.set_ylim(-0.06, 1.15)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("size of the adapter's change, in percent of the weights (stars: measured, NF4 base)")
-    axes.set_ylabel("share of the change that is left")
+    axes.set_xlabel(
+        "size of the change, in percent of the weights (stars: measured, merged into the NF4 base)"
+    )
+    axes.set(ylim=(-0.06, 1.15), ylabel="share of the change that is left")
     axes.set_title("In the NF4 base a small change is lost; in the bf16 base it survives", loc="left")
     numbers = "; ".join(
         f"at {size:.1%} {kept[INTO_BF16]:.0%} and {kept[INTO_NF4]:.0%}" for size, kept in curve.items()
