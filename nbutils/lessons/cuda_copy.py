@@ -1,4 +1,4 @@
-"""CUDA's copy of bf16, written out for a CPU: every NaN arrives as the same one."""
+"""CUDA's copy of bf16, imitated on a CPU: every NaN arrives as the same one."""
 
 import torch
 

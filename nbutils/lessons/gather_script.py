@@ -37,7 +37,7 @@ def main() -> None:
         gather_as_bytes()
     model = sharded(model_path, state)
     check_first_gather(model)
-    # On a GPU torch's own copy is under test; a CPU's is exact, and CUDA's is written out for it.
+    # On a GPU torch's own copy is under test; a CPU's is exact, so CUDA's is imitated.
     copy = torch._foreach_copy_ if state.device.type == "cuda" else copy_as_numbers
     with mock.patch.object(torch, "_foreach_copy_", copy):
         loss = loss_of(model, sentence().to(state.device))
