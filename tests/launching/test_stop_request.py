@@ -1,11 +1,15 @@
 """A launch that is asked to end lets its ranks save first, says so, and says how to go on."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 
 import pytest
 from processes import as_in_a_terminal, ranks_of, wait_until
@@ -47,39 +51,57 @@ def run(path, tmp_path, **options):
     return launch(path, [str(tmp_path)], CONFIG, log=tmp_path / "launch.log", **options)
 
 
-def test_when_the_time_is_up_the_ranks_save_first(tmp_path, capsys):
-    path = script(tmp_path)
-    with pytest.raises(LaunchStopped) as stopped:
-        run(path, tmp_path, timeout=12, show=True)
-    assert sorted(file.name for file in tmp_path.glob("saved*")) == ["saved0", "saved1"]
-    assert stopped.value.saved
-    assert "stopped and saved after 0:" in capsys.readouterr().out
-    message = str(stopped.value)
+FULL_DISK = SAVES.replace("end_to_be_resumed()\n", "raise OSError(28, 'No space left on device')\n")
+
+
+@pytest.fixture(scope="module")
+def time_is_up(tmp_path_factory):
+    """Three launches whose time is up after 12 s, at once, for all that they do is wait: by name, what came of each.
+
+    The folder, the error, the seconds that it took; and what was shown of the one that saves.
+    """
+    shown = io.StringIO()
+
+    def let_run(name: str, body: str, **options) -> tuple:
+        folder = tmp_path_factory.mktemp(name)
+        started = time.monotonic()
+        with pytest.raises(LaunchFailed) as failed:
+            run(script(folder, body), folder, timeout=12, **options)
+        return folder, failed.value, time.monotonic() - started
+
+    with redirect_stdout(shown), ThreadPoolExecutor() as pool:
+        launches = {
+            "saves": pool.submit(let_run, "saves", SAVES, show=True),
+            "hangs": pool.submit(let_run, "hangs", HANGS, save_grace=2),
+            "full disk": pool.submit(let_run, "full_disk", FULL_DISK),
+        }
+    return {name: launch.result() for name, launch in launches.items()}, shown.getvalue()
+
+
+def test_when_the_time_is_up_the_ranks_save_first(time_is_up):
+    (folder, stopped, _), shown = time_is_up[0]["saves"], time_is_up[1]
+    assert isinstance(stopped, LaunchStopped)
+    assert sorted(file.name for file in folder.glob("saved*")) == ["saved0", "saved1"]
+    assert stopped.saved
+    assert "stopped and saved after 0:" in shown
+    message = str(stopped)
     assert "The launch had not ended after 12 s, and its ranks were asked to end. They have saved" in message
     last = " ".join(" ".join(message.splitlines()[2:]).replace("\\", "").split())
     assert last.startswith("accelerate launch --config_file") and last.endswith("--resume true")
 
 
-@pytest.mark.ci  # a quarter of a minute
-def test_ranks_that_do_not_come_to_an_end_are_ended(tmp_path):
-    path = script(tmp_path, HANGS)
-    started = time.monotonic()
-    with pytest.raises(LaunchStopped, match=r"did not say that they have saved within 2 s, and were ended"):
-        run(path, tmp_path, timeout=12, save_grace=2)
-    assert time.monotonic() - started < 40
-    assert ranks_of(path) == []
+def test_ranks_that_do_not_come_to_an_end_are_ended(time_is_up):
+    folder, stopped, seconds = time_is_up[0]["hangs"]
+    assert isinstance(stopped, LaunchStopped)
+    assert "did not say that they have saved within 2 s, and were ended" in str(stopped)
+    assert seconds < 40
+    assert ranks_of(folder / "script.py") == []
 
 
-@pytest.mark.ci  # a quarter of a minute
-def test_an_error_while_saving_is_not_hidden_by_the_stop(tmp_path):
-    path = script(
-        tmp_path, SAVES.replace("end_to_be_resumed()\n", "raise OSError(28, 'No space left on device')\n")
-    )
-    with pytest.raises(
-        LaunchFailed, match=r"(?s)^The launch had not ended after 12 s.*No space left"
-    ) as failed:
-        run(path, tmp_path, timeout=12)
-    assert not isinstance(failed.value, LaunchStopped) and failed.value.rank is not None
+def test_an_error_while_saving_is_not_hidden_by_the_stop(time_is_up):
+    _, failed, _ = time_is_up[0]["full disk"]
+    assert re.search(r"(?s)^The launch had not ended after 12 s.*No space left", str(failed))
+    assert not isinstance(failed, LaunchStopped) and failed.rank is not None
 
 
 def typed(path, tmp_path):

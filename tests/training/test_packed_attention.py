@@ -231,7 +231,6 @@ def losses(tmp_path_factory):
 
 
 @pytest.mark.launch
-@pytest.mark.ci
 @pytest.mark.parametrize("name", WAYS)
 def test_the_loss_is_a_mean_over_tokens_packed_or_not_accumulated_or_not_on_one_rank_or_two(losses, name):
     """A mean over rows, packs or ranks would be another number: the rows' answers are of all lengths."""

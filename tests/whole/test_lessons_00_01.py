@@ -1,18 +1,20 @@
 """Lessons 00, 01 and 01b: they cover every key, they run, and what they say is what was measured."""
 
-import json
 import math
+import os
 import re
 
 import nbformat
-import papermill
 import pytest
 
 from nbutils.common.paths import ROOT
 from nbutils.launching import config_files as configs
+from nbutils.launching.config_faults import refuse_bad_config
+from nbutils.launching.launch import choose_config
 from nbutils.lessons import records as recorded
 from nbutils.lessons.choice_figure import QUESTIONS
 from nbutils.lessons.config_at_70b import four_ways, gradient_ratio, strategies, wrap_policies
+from nbutils.lessons.config_keys import measure
 from nbutils.lessons.course_map import LESSONS
 from nbutils.planning.shapes import Shape, shape_of
 
@@ -136,47 +138,25 @@ def test_recorded_results_say_where_they_come_from(name, monkeypatch):
     assert "/" not in recorded.label(report)
 
 
-ONE_GPU = """\
-import os
-import torch
-torch.cuda.device_count = lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
-"""
-
-
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Lessons 01 and 01b executed once, with one rank asked for and as if their kernel saw one GPU.
+    """What lessons 01 and 01b say as committed, and their measurement, made here as on a machine with one GPU.
 
-    All printed text, and the measurement of each rank.
+    All printed text, and the measurement of each rank. `refresh --check` executes both lessons and compares the text.
     """
-    folder = tmp_path_factory.mktemp("lesson01")
-    # A folder of no name that a machine could be known by, and below the root, as the runner's are.
-    run_dir = ROOT / "runs" / "test_lesson01"
-    printed = []
-    for path in (DECIDE, OTHERS):
-        lesson = nbformat.read(path, as_version=4)
-        lesson.cells.insert(0, nbformat.v4.new_code_cell(ONE_GPU))
-        nbformat.write(lesson, folder / "lesson.ipynb")
-        done = folder / "done.ipynb"
-        papermill.execute_notebook(
-            folder / "lesson.ipynb",
-            done,
-            {"run_dir": str(run_dir), "num_processes": 1},
-            cwd=str(ROOT),
-            progress_bar=False,
-            kernel_name="python3",
-        )
-        cells = nbformat.read(done, as_version=4).cells
-        printed += [o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs]
-    report = json.loads((run_dir / "01_config_keys.json").read_text(encoding="utf-8"))
+    cells = [cell for path in (DECIDE, OTHERS) for cell in nbformat.read(path, as_version=4).cells]
+    printed = [o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr("torch.cuda.device_count", lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != ""))
+        report = measure(tmp_path_factory.mktemp("lesson01"), num_processes=1)
     return "\n".join(printed), report["ranks"]
 
 
-@pytest.mark.ci  # a minute: both lessons run whole, as if the machine had one GPU
-@pytest.mark.notebook
+@pytest.mark.ci
 @pytest.mark.launch
 class TestLesson01:
-    """What the two lessons say, held against what their own run measured."""
+    """What the two lessons say, held against what their measurement sees, as if the machine had one GPU."""
 
     def test_its_exercises_are_solved(self, executed):
         assert executed[0].count("  OK") == 6
@@ -185,6 +165,11 @@ class TestLesson01:
         rows = re.findall(r"rank [01]  (before|gathered: compute|freed) +(\d+) +(\d+)", executed[0])
         each = [("before", "128", "0"), ("gathered: compute", "128", "256"), ("freed", "128", "0")]
         assert rows[:6] == each * 2
+
+    def test_a_machine_with_one_gpu_may_launch_two_ranks_on_its_cpu(self):
+        """The other launches of the lessons: the layer by hand, and the question for the type."""
+        for number in (2, None):
+            refuse_bad_config(choose_config(1, rehearsal=True), number, 1)
 
     def test_it_measures_two_ranks_on_any_machine(self, executed):
         assert len(executed[1]) == 2
