@@ -29,7 +29,7 @@ def dtypes(parameters) -> str:
 
 
 def keep_adapter_in_fp32(model: PeftModel) -> None:
-    """To be called behind `SFTTrainer(...)`, which has cast the adapter to bf16, and before `train()`."""
+    """To be called after `SFTTrainer(...)`, which has cast the adapter to bf16, and before `train()`."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
