@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nbutils.common import host_memory
@@ -27,7 +28,15 @@ from nbutils.planning.link_checks import check_links
 from nbutils.planning.links import FILE
 from nbutils.planning.memory_items import GIB
 from nbutils.planning.memory_plan import DRIVER, left_gib
-from nbutils.planning.model_needs import MODELS, Model, gpu_gib, has_room, host_gib, host_gib_resident
+from nbutils.planning.model_needs import (
+    MODELS,
+    Model,
+    gpu_gib,
+    has_room,
+    host_gib,
+    host_gib_resident,
+    resident_has_room,
+)
 
 PYTHONS = ((3, 11), (3, 14))  # from the first to below the second
 
@@ -50,7 +59,7 @@ def examine(model: str = "tiny", processes: int | None = None) -> list[Check]:
         *check_packages(locked_versions(), installed_versions(), bool(gpus)),
         *check_gpus(sizes, gpus),
         *check_links(sizes, gpus, FILE),
-        check_host_memory(sizes, ranks, host_memory.total() / GIB),
+        check_host_memory(sizes, ranks, host_memory.total() / GIB, gpus),
         check_disk(sizes, hub_cache()),
         check_shared_memory(ranks, Path("/dev/shm")),
         check_token(sizes),
@@ -162,8 +171,11 @@ def _check_gpu_memory(model: Model, gpus: int, smallest: float | None) -> Check:
 # ---------------------------------------------------------------- memory, disk, account
 
 
-def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
-    """What all ranks hold there, with offload; a large model's checkpoint is mapped beside it."""
+def check_host_memory(model: Model, ranks: int, found_gib: float, gpus: Sequence[dict] = ()) -> Check:
+    """What all ranks hold there, with offload; a large model's checkpoint is mapped beside it.
+
+    Where that is too much, and `gpus` can hold all weights, the settings without offload are named.
+    """
     least, comfortable = host_gib(model, ranks)
     found = f"{found_gib:.0f} GiB; {ranks} ranks need {least:.0f}, better {comfortable:.0f}"
     if found_gib >= comfortable:
@@ -171,11 +183,10 @@ def check_host_memory(model: Model, ranks: int, found_gib: float) -> Check:
     if found_gib >= least:
         return Check("host memory", found, WARN, "Add swap on an NVMe disk, or close other programs.")
     resident = host_gib_resident(model, ranks)
-    if model.mapped and found_gib >= resident:
+    smallest = min((gpu["gib"] or 0 for gpu in gpus), default=0) - DRIVER
+    if model.mapped and found_gib >= resident and resident_has_room(model, ranks, smallest):
         found = f"{found_gib:.0f} GiB; {ranks} ranks need {least:.0f} with offload, {resident:.0f} without"
-        cure = (
-            "Train without offload, with configs/goals/resident_2x24gb.yaml: the cards must hold all weights."
-        )
+        cure = "Train without offload, with configs/goals/resident_2x24gb.yaml: the cards hold all weights."
         return Check("host memory", found, WARN, cure)
     return Check(
         "host memory",

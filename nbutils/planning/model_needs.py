@@ -145,3 +145,15 @@ def host_gib_resident(model: Model, ranks: int) -> float:
     """
     host = plan(model.shape, Setup(ranks, 2, offload=False), batch=2, length=2048, choices=RESIDENT).host
     return ranks * sum(host.values()) / GIB
+
+
+def resident_has_room(model: Model, ranks: int, card_gib: float) -> bool:
+    """Whether the settings *resident* fit with one row of 1,024 tokens. They fill a card: no margin is kept here.
+
+    Args:
+        model: one of MODELS.
+        ranks: one a GPU.
+        card_gib: what the card shows to programs, 23.6 for one of 24 GB.
+    """
+    planned = plan(model.shape, Setup(ranks, 2, offload=False), batch=1, length=1024, choices=RESIDENT)
+    return planned.gpu_peak_bytes / GIB <= left_gib(card_gib)

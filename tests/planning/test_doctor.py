@@ -108,11 +108,14 @@ def test_with_little_host_memory_the_doctor_names_the_settings_that_need_little(
     recorded = json.loads((ROOT / "benchmarks/results/cap_21_gib/70b_resident_cap_b2_l2048.json").read_text())
     resident = host_gib_resident(BIG, 2)
     assert resident == pytest.approx(recorded["measured"]["host_bytes"] / GIB, rel=0.1)
-    check = doctor.check_host_memory(BIG, 2, resident + 1)
+    check = doctor.check_host_memory(BIG, 2, resident + 1, [RTX3090] * 2)
     assert check.verdict == WARN
     (file,) = re.findall(r"configs/\S+\.yaml", check.fix)
     assert yaml.safe_load((ROOT / file).read_text())["embeddings_on_host"]
-    assert doctor.check_host_memory(BIG, 2, resident - 1).verdict == FAIL
+    assert doctor.check_host_memory(BIG, 2, resident - 1, [RTX3090] * 2).verdict == FAIL
+    for cards in ([], [RTX3090 | {"gib": 16.0}] * 2, [RTX3090, RTX3090 | {"gib": None}]):
+        assert doctor.check_host_memory(BIG, 2, resident + 1, cards).verdict == FAIL
+    assert doctor.check_host_memory(BIG, 1, resident + 1, [RTX3090]).verdict == FAIL
 
 
 def test_a_small_model_is_quantised_by_each_rank_for_itself():
