@@ -118,7 +118,9 @@ def test_every_number_that_it_prints(dried):
     )
     steps = math.ceil(math.ceil(own["rows"] / 4) / 2)
     assert f"an epoch: {steps} steps of about {own['tokens'] / steps:,.0f} tokens, " in said
-    speed = round(speed, 1)  # as the record holds it; rounded again, 3,358.5 and 3,358.51 are two whole numbers
+    speed = round(
+        speed, 1
+    )  # as the record holds it; rounded again, 3,358.5 and 3,358.51 are two whole numbers
     assert f" {own['tokens'] / speed / 3600:.2f} hours at {speed:,.0f} tokens of text a second" in said
     between = {
         "load": ("load begins", "loaded"), "wrap": ("train begins", "wrapped"), "to_first_step": ("start", "step"),
