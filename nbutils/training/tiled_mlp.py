@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 
