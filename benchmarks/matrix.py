@@ -147,6 +147,13 @@ def chats(layers: int, limits: dict) -> dict[str, Case]:
     }
 
 
+# Long rows with a tiled MLP, as many layers as there are: not run on GPUs yet.
+TILED = (*goal("longest_context"), "mlp_tiles=8")
+CASES["tiled"] = {
+    "70b_tiled_cap_b1_l32768": Case(80, OFFLOADED, 1, 32768, (), TILED, **CARD, seconds=500),
+    "70b_tiled_cap_b1_l65536": Case(80, OFFLOADED, 1, 65536, (), TILED, **CARD, seconds=900),
+}
+
 # Twelve layers: what each change is worth, and more rows with the inputs of the layers on the host.
 HOST_INPUTS = (*goal("fastest_2x24gb"), TO_HOST)
 CASES["faster_12"] = {

@@ -50,7 +50,7 @@ LESSONS = [
     ),
     Lesson("02b_silent_corruption", "What spoils weights without a word?", 1, 15, 20, "nothing more"),
     Lesson("03_custom_prep", "What must the prep do, then?", 1, 20, 20, "nothing more"),
-    Lesson("04_write_and_launch", "How do I train?", 2, 17, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
+    Lesson("04_write_and_launch", "How do I train?", 2, 18, 15, "70B: 2 GPUs of 24 GB, 64 GiB host memory"),
     Lesson("04b_stop_and_resume", "It stopped. How do I go on?", 1, 10, 15, "nothing more"),
     Lesson(
         "05_save_verify_merge",

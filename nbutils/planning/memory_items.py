@@ -28,7 +28,7 @@ def quantisation_state_bytes(parameters: int) -> int:
     return parameters // 64 + FP32 * parameters // (64 * 256)
 
 
-def saved_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
+def saved_bytes_per_token(shape: Shape, compiled: bool = False, tiled: bool = False) -> int:
     """What one decoder layer keeps for its backward pass while it is computed again, in bytes a token.
 
     Counted in `LlamaDecoderLayer` with LoRA on all linear layers and no dropout: each of the two norms keeps its input
@@ -38,14 +38,12 @@ def saved_bytes_per_token(shape: Shape, compiled: bool = False) -> int:
     kept.
 
     Compiled, there is one tensor of the hidden width for each norm and for the attention's output and queries, and the
-    MLP keeps gate, up and product.
+    MLP keeps gate, up and product. Tiled, the MLP keeps its input alone, which is the second norm's result.
     """
     keys = BF16 * shape.head_dim * 2 * shape.kv_heads
     queries = BF16 * shape.head_dim * 2 * shape.heads
-    if compiled:
-        return 3 * BF16 * shape.intermediate + 3 * BF16 * shape.hidden + queries + keys
-    norms = 2 * (FP32 + BF16) * shape.hidden
-    mlp = 4 * BF16 * shape.intermediate
+    norms = (3 * BF16 if compiled else 2 * (FP32 + BF16)) * shape.hidden
+    mlp = 0 if tiled else (3 if compiled else 4) * BF16 * shape.intermediate
     return norms + queries + keys + mlp
 
 
@@ -65,20 +63,58 @@ def passing_bytes_per_token(shape: Shape, compiled: bool = False, stacked: bool 
     return BF16 * (shape.hidden + shape.intermediate)
 
 
-def evaluating_bytes(shape: Shape, tokens: int, unpacked: int) -> int:
+def tiled_mlp_bytes(shape: Shape, tokens: int, tiles: int, compiled: bool) -> tuple[int, int]:
+    """The backward pass of a tiled MLP (`nbutils.training.tiled_mlp`), beside the input that it keeps.
+
+    A tile keeps what the whole MLP would, makes gradients of the MLP's width and an output that nobody reads: six
+    tensors of that width and one of the hidden width, counted on a CPU; compiled, the gradient that goes out as well.
+
+    Returns:
+        The gradients that come in and go out, of all tokens; and what a tile holds.
+    """
+    hidden = BF16 * shape.hidden
+    tile = 6 * BF16 * shape.intermediate + (2 if compiled else 1) * hidden
+    return 2 * hidden * tokens, tile * -(-tokens // tiles)
+
+
+def attention_backward_bytes(shape: Shape, tokens: int, compiled: bool) -> int:
+    """What a layer holds at its fullest in the backward pass when its MLP is done, which is the peak if that is tiled.
+
+    Eager, it is the second norm's turn: seven tensors in fp32, its own and the first one's, beside that norm's result,
+    queries, keys, values, the attention's output and the gradient that came in (counted on a CPU).
+
+    Compiled, it is attention's: the first norm's result and the gradient that came in; of the width of the queries
+    these themselves, the output, its gradient, theirs, and those of keys and values, which the kernel makes for each
+    head of the queries; a sum in fp32; keys, values and their gradients. Read in torch's `flash_attn/flash_api.cpp`
+    (`dk_expanded`, `dq_accum`); not measured.
+    """
+    queries, keys = shape.head_dim * shape.heads, shape.head_dim * 2 * shape.kv_heads
+    if compiled:
+        return tokens * (BF16 * (2 * shape.hidden + 6 * queries + 2 * keys) + FP32 * queries)
+    return tokens * (7 * FP32 * shape.hidden + BF16 * (2 * shape.hidden + 2 * queries + keys))
+
+
+def evaluating_bytes(shape: Shape, tokens: int, unpacked: int, tiles: int = 0) -> int:
     """What one decoder layer holds at its fullest in an evaluation, where nothing is kept for a backward pass.
 
     Counted in `LlamaDecoderLayer` under PEFT: four tensors of the hidden width (the layer's input, the sum behind
     attention, and the norm's input and output), the activated gate, and the up projection's result. Beside these stand
     what the adapter adds to it, before and after it is scaled, or a little earlier the projection's unpacked weight.
-    Compiled layers are planned like this too; theirs was not counted.
+    Compiled layers are planned like this too; theirs was not counted. Of a tiled MLP the whole output is there besides,
+    and with many tiles a norm is the fullest moment: nine tensors of the hidden width (counted on a CPU).
 
     Args:
         shape: of the model.
         tokens: a rank and batch, padding included.
         unpacked: bytes of the largest weight in bf16.
+        tiles: of the MLP; 0 is the whole of it.
     """
-    mlp = BF16 * shape.intermediate * tokens
+    mlp = BF16 * shape.intermediate * -(-tokens // (tiles or 1))
+    if tiles:
+        return max(
+            9 * BF16 * shape.hidden * tokens,
+            5 * BF16 * shape.hidden * tokens + 2 * mlp + max(2 * mlp, unpacked),
+        )
     return 4 * BF16 * shape.hidden * tokens + 2 * mlp + max(2 * mlp, unpacked)
 
 

@@ -6,6 +6,7 @@ from nbutils.planning.memory_items import (
     BF16,
     FP32,
     WORKSPACES,
+    attention_backward_bytes,
     evaluating_bytes,
     logits_tile_bytes,
     packed_bytes,
@@ -13,6 +14,7 @@ from nbutils.planning.memory_items import (
     pinned_bytes,
     quantisation_state_bytes,
     saved_bytes_per_token,
+    tiled_mlp_bytes,
 )
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import Shape
@@ -38,7 +40,11 @@ class Sizes:
     logits: int  # a tile of them
     computed_again: int
     unpacked: int  # weights in bf16 while they are multiplied
-    passing: int  # gradients on their way through the down projection
+    passing: (
+        int  # gradients on their way through the down projection; tiled, those of the MLP's output and input
+    )
+    tile: int  # of a tiled MLP, in its backward pass
+    attention: int  # with a tiled MLP, what the backward pass of the rest of a layer holds
     on_host: bool  # embedding and head
     accumulating: bool  # several passes a step: FSDP reduces the gradients in the last one
     evaluated: int  # a layer in an evaluation
@@ -50,7 +56,10 @@ class Sizes:
         cls, shape: Shape, setup: Setup, tokens: int, evaluated: int, lora_r: int, choices: Choices
     ) -> "Sizes":
         embedding = BF16 * shape.vocab * shape.hidden
-        saved = saved_bytes_per_token(shape, choices.compile_layers)
+        compiled, tiles = choices.compile_layers, choices.mlp_tiles
+        saved = saved_bytes_per_token(shape, compiled, bool(tiles))
+        passing = tokens * passing_bytes_per_token(shape, compiled, choices.stacked_adapters)
+        passing, tile = tiled_mlp_bytes(shape, tokens, tiles, compiled) if tiles else (passing, 0)
         kept = saved + BF16 * shape.hidden  # with the layer's input, which elsewhere counts as a checkpoint
         largest = BF16 * max(out * into for out, into in shape.linears.values())
         checkpointed = -(-shape.layers // choices.every_n_layers) if choices.checkpointing else 0
@@ -75,11 +84,13 @@ class Sizes:
             final_norm=tokens * shape.hidden * (FP32 + BF16),
             logits=logits_tile_bytes(shape, tokens),
             computed_again=tokens * saved if checkpointed else 0,
-            unpacked=0 if choices.compile_layers else largest,  # compiled, it comes when most else is gone
-            passing=tokens * passing_bytes_per_token(shape, choices.compile_layers, choices.stacked_adapters),
+            unpacked=0 if compiled else largest,  # compiled, it comes when most else is gone
+            passing=passing,
+            tile=tile,
+            attention=attention_backward_bytes(shape, tokens, compiled) if tiles else 0,
             on_host=choices.embeddings_on_host,
             accumulating=choices.accumulation > 1 and setup.fsdp_version > 0,
-            evaluated=evaluating_bytes(shape, evaluated, largest),
+            evaluated=evaluating_bytes(shape, evaluated, largest, tiles),
             evaluation_loss=evaluated * shape.hidden * (FP32 + 2 * BF16)
             + logits_tile_bytes(shape, evaluated),
             # The adapter and AdamW's two moments.
@@ -129,16 +140,23 @@ class Sizes:
     def one_layer_backward(self, first: bool = False) -> dict[str, int]:
         """The backward pass of a checkpointed layer: everything computed again is alive.
 
+        With a tiled MLP it is the fuller of two moments: a tile of the MLP, or what comes after it.
+
         Args:
             first: the model's first layer, whose turn comes last: the other checkpoints are gone by then.
         """
-        return {
+        others = {
             "checkpointed layer inputs": self.one_checkpoint if first else self.checkpoints,
             "layers that keep everything": 0 if first else self.kept,
-            "one layer computed again": self.computed_again,
-            "its gradients": self.passing,
             "weights in bf16": self.unpacked,  # bitsandbytes multiplies by the unpacked weight
         }
+        in_mlp = {
+            "one layer computed again": self.computed_again,
+            "its gradients": self.passing,
+            "a tile of the MLP": self.tile,
+        }
+        behind = {"attention and norms, with gradients": self.attention}
+        return others | max(in_mlp, behind, key=lambda items: sum(items.values()))
 
     def loss(self) -> dict[str, int]:
         """The moment of the loss, when the head has come from the host and no layer is gathered."""

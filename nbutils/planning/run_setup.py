@@ -74,7 +74,8 @@ class Choices:
     """What the script's settings decide about memory, beside batch, length and rank of the adapter.
 
     Args:
-        embeddings_on_host, compile_layers, checkpointing, every_n_layers, offload_activations: as in the script.
+        embeddings_on_host, compile_layers, checkpointing, every_n_layers, offload_activations, mlp_tiles: as in the
+            script.
         accumulation: forward passes a step.
         eval_batch: rows a rank in an evaluation; None means as many as in training.
         keeps_checkpoints: some are written while it trains.
@@ -91,6 +92,7 @@ class Choices:
     eval_batch: int | None = None
     keeps_checkpoints: bool = True
     stacked_adapters: bool = True
+    mlp_tiles: int = 0
 
     @classmethod
     def read(cls, settings: dict) -> "Choices":
@@ -111,6 +113,7 @@ class Choices:
             eval_batch=settings.get("per_device_eval_batch_size"),
             keeps_checkpoints=settings.get("save_strategy", "steps") != "no",
             stacked_adapters=not settings.get("lora_dropout"),
+            mlp_tiles=settings.get("mlp_tiles", 0),
         )
 
     @classmethod

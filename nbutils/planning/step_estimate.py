@@ -151,7 +151,8 @@ def computing_seconds(
     """Seconds that a rank computes in the forward and in the backward pass.
 
     A frozen weight costs 2 FLOP a token forward, and 2 for the gradient of its input; a checkpoint computes the forward
-    pass again. Attention costs 2 x length x hidden FLOP a token and layer forward, since a token sees half of the
+    pass again. With compiled layers that leaves the last projection out, which the rate has in it; with a tiled MLP as
+    well it does not. Attention costs 2 x length x hidden FLOP a token and layer forward, since a token sees half of the
     others, and 2.5 times as much backward (FlashAttention, arXiv 2205.14135).
 
     Args:
@@ -166,9 +167,11 @@ def computing_seconds(
     attention = 2 * length * shape.hidden * shape.layers * batch * length
     again = choices.checkpointing / choices.every_n_layers
     rate = (REACHED_COMPILED if choices.compile_layers else REACHED) * tflops * 1e12
+    last = 2 * shape.layers * shape.hidden * shape.intermediate * batch * length
+    more = again * last if choices.compile_layers and choices.mlp_tiles else 0
     return [
         (products + attention) / rate,
-        ((1 + again) * products + (2.5 + again) * attention) / rate,
+        ((1 + again) * products + more + (2.5 + again) * attention) / rate,
     ]
 
 

@@ -32,6 +32,7 @@ from nbutils.training.memory_and_disk import refuse_little_memory, refuse_small_
 from nbutils.training.packed_attention import refuse_packing
 from nbutils.training.resume import refuse_what_cannot_be_resumed, refuse_what_checkpoints_do_not_serve
 from nbutils.training.shared_output import Token, new_name
+from nbutils.training.tiled_mlp import refuse_tiles
 
 
 def refuse_before_loading(recipe, training: SFTConfig) -> None:
@@ -108,6 +109,7 @@ def _refuse_settings(recipe, training: SFTConfig) -> None:
         )
     if recipe.compile_layers:
         refuse_fsdp1()
+    refuse_tiles(recipe.mlp_tiles, recipe.compile_layers, recipe.lora_dropout)
     if not recipe.embeddings_on_host:
         refuse_offloaded_head()
     refuse_packing(training)

@@ -427,6 +427,7 @@ def test_padded_rows_are_planned_at_the_longest_of_them(name, batch, layers, tmp
 def test_without_the_shared_product_as_with_dropout_a_layer_holds_more(name):
     """Records of before, of long rows; and a setting of the script that leaves each adapter to PEFT."""
     assert Choices.read({"lora_dropout": 0.05}) == Choices(stacked_adapters=False)
+    assert Choices.read({"mlp_tiles": 8}) == Choices(mlp_tiles=8)
     run = json.loads((RESULTS / "earlier" / f"{name}.json").read_text())
     config, then = run["config"], replace(choices_of(run), stacked_adapters=False)
     shape = replace(SHAPES[config["model"]], layers=config["num_layers"])

@@ -1,7 +1,9 @@
 """Evaluation, accumulation and checkpoints in the memory plan, beside the bytes that a CPU shows to be held."""
 
 import weakref
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +16,18 @@ from nbutils.adapters.checkpoint_folder import checkpoints_in, rank_file
 from nbutils.launching.random_weights import prepare
 from nbutils.launching.rehearsal import keep_four_bit_weights_in_order
 from nbutils.models.loading import load_nf4
-from nbutils.planning.memory_items import BF16, evaluating_bytes, logits_tile_bytes
+from nbutils.planning.memory_items import (
+    BF16,
+    attention_backward_bytes,
+    evaluating_bytes,
+    logits_tile_bytes,
+    tiled_mlp_bytes,
+)
 from nbutils.planning.memory_plan import plan
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import SHAPES
 from nbutils.training.prep import prepare_for_fsdp_qlora
+from nbutils.training.tiled_mlp import tile_mlps
 
 TINY = SHAPES["tiny"]
 ADAPTER = BF16 * TINY.adapter_parameters(4)  # as tests/training_runs.py asks for it
@@ -65,6 +74,84 @@ def test_a_token_more_in_an_evaluated_layer_takes_what_is_planned(decoder):
     largest = BF16 * max(out * into for out, into in TINY.linears.values())
     planned = [evaluating_bytes(TINY, rows * 512, largest) for rows in peaks]
     assert peaks[8] - peaks[4] == pytest.approx(planned[1] - planned[0], rel=0.02)
+
+
+@pytest.fixture
+def tiled(decoder):
+    """The same decoder with its MLPs in so many tiles; whole again afterwards."""
+    plain = [layer.mlp.forward for layer in decoder.layers]
+
+    def in_tiles(tiles: int):
+        for layer, whole in zip(decoder.layers, plain):
+            layer.mlp.forward = whole
+        if tiles:
+            tile_mlps(SimpleNamespace(get_decoder=lambda: decoder), tiles)
+        return decoder
+
+    yield in_tiles
+    in_tiles(0)
+
+
+def more_bytes(step) -> int:
+    """What 2,048 tokens hold at their fullest beyond 1,024: what does not grow with the tokens is left out."""
+    peaks = []
+    for tokens in (1024, 2048):
+        with Live() as live:
+            step(tokens)
+        peaks.append(live.peak)
+    return peaks[1] - peaks[0]
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 8])
+def test_a_tiled_mlp_holds_what_is_planned(tiled, tiles):
+    """Besides: the rows, a copy that asks for a gradient, and the output of the forward pass."""
+
+    def step(tokens: int) -> None:
+        x, gradient = torch.randn(2, 1, tokens, TINY.hidden, dtype=torch.bfloat16)
+        tiled(tiles).layers[1].mlp(x.clone().requires_grad_()).backward(gradient)
+
+    beside = 3 * 1024 * BF16 * TINY.hidden
+    planned = sum(tiled_mlp_bytes(TINY, 1024, tiles, compiled=False))
+    assert more_bytes(step) == pytest.approx(planned + beside, rel=0.05)
+
+
+@pytest.mark.parametrize("tiles", [2, 16])
+def test_behind_a_tiled_mlp_a_norm_is_the_fullest_moment(tiled, tiles):
+    """Besides the inputs of all layers. Adapters keep a little of their own: r columns of each projection."""
+    decoder = tiled(tiles).train()
+
+    def step(tokens: int) -> None:
+        ids = torch.randint(10, 1000, (1, tokens))
+        (decoder(ids, use_cache=False).last_hidden_state ** 2).float().mean().backward()
+
+    grown = more_bytes(step)
+    decoder.eval()
+    inputs = TINY.layers * 1024 * BF16 * TINY.hidden
+    planned = attention_backward_bytes(TINY, 1024, compiled=False)
+    assert grown == pytest.approx(planned + inputs, rel=0.04)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 8])
+def test_an_evaluated_layer_with_a_tiled_mlp_takes_what_is_planned(tiled, tiles):
+    with torch.no_grad():
+        grown = more_bytes(lambda tokens: tiled(tiles)(torch.randint(10, 1000, (1, tokens)), use_cache=False))
+    planned = [evaluating_bytes(TINY, tokens, 0, tiles) for tokens in (1024, 2048)]
+    assert grown == pytest.approx(planned[1] - planned[0], rel=0.04)
+
+
+def test_tiles_of_70b_by_hand():
+    """65,536 tokens: a tensor of the hidden width is 1 GiB, one of the MLP's 3.5. A tile has an eighth."""
+    seventy, tokens, gib = SHAPES["llama31_70b"], 65536, 2**30
+    assert tiled_mlp_bytes(seventy, tokens, 8, compiled=True) == (2 * gib, (6 * 7 * gib // 2 + 2 * gib) // 8)
+    assert attention_backward_bytes(seventy, tokens, compiled=True) == 10.5 * gib
+    assert attention_backward_bytes(seventy, tokens, compiled=False) == 18.25 * gib
+    settings = Choices(True, True, offload_activations=True)
+    whole, tiles = (
+        plan(seventy, Setup(2, 2, True), 1, tokens, choices=replace(settings, mlp_tiles=n)) for n in (0, 8)
+    )
+    assert whole.gpu_peak_bytes / gib == pytest.approx(33.3, abs=0.05)
+    assert tiles.gpu_peak_bytes / gib == pytest.approx(15.6, abs=0.05)
+    assert tiles.host == whole.host
 
 
 def test_an_evaluation_of_70b_by_hand():

@@ -28,6 +28,7 @@ from nbutils.models.loading import load_nf4
 from nbutils.training.compiled_layers import compile_layers
 from nbutils.training.packed_attention import attend_within_rows
 from nbutils.training.prep import prepare_for_fsdp_qlora
+from nbutils.training.tiled_mlp import tile_mlps
 
 LAYERS = 12  # more than the eight compilations of one function after which torch.compile gives up
 MULTIPLICATION = "bitsandbytes::gemm_4bit"
@@ -43,7 +44,7 @@ def write_base(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def build(folder: Path, compiled: bool) -> nn.Module:
+def build(folder: Path, compiled: bool, tiles: int = 0) -> nn.Module:
     """The model as the script makes it, sharded by layers as Accelerate does it."""
     model = prepare_for_fsdp_qlora(load_nf4(str(folder)))
     torch.manual_seed(1)
@@ -54,6 +55,8 @@ def build(folder: Path, compiled: bool) -> nn.Module:
             nn.init.normal_(parameter, std=0.02)
     if compiled:
         compile_layers(model)
+    if tiles:
+        tile_mlps(model, tiles)
     mesh = init_device_mesh("cpu", (1,))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -107,6 +110,13 @@ def main(folder: Path) -> None:
         "furthest": max(((found[n] - wanted[n]).norm() / wanted[n].norm()).item() for n in wanted),
         "products": {"eager": eager_products, "compiled": compiled_products},
         "graphs": counters["stats"]["unique_graphs"],
+        "breaks": {reason[:300]: count for reason, count in counters["graph_break"].items()},
+    }
+    tiled = build(folder / "base", compiled=True, tiles=4)
+    found, tiled_products = step(tiled), multiplications(tiled)
+    seen["tiled"] = {
+        "furthest": max(((found[n] - wanted[n]).norm() / wanted[n].norm()).item() for n in wanted),
+        "products": tiled_products,
         "breaks": {reason[:300]: count for reason, count in counters["graph_break"].items()},
     }
     seen["packed_graphs"] = graphs_of_packed_rows(compiled)

@@ -199,6 +199,15 @@ def test_compiled_gradients_are_close_to_eager_ones(compiled):
     assert 0 < compiled["furthest"] < 0.05  # of a gradient's norm
 
 
+@pytest.mark.ci
+def test_compiled_layers_take_tiles_and_break_no_graph(compiled):
+    """Of each MLP every tile is computed twice, its last projection too; attention as without tiles."""
+    tiled, layers = compiled["tiled"], compiled["layers"]
+    assert tiled["breaks"] == {}
+    assert 0 < tiled["furthest"] < 0.05
+    assert tiled["products"] == 2 * (4 + 3 * 4) * layers
+
+
 @pytest.fixture(scope="module")
 def projection(tmp_path_factory):
     """PEFT's LoRA layer around a Linear4bit, dropout on."""

@@ -62,7 +62,9 @@ def test_bad_settings_are_refused_before_a_weight_is_read(answered, cause):
     "logs", [{"logging_strategy": "epoch"}, {"logging_first_step": True}, {"max_steps": -1}]
 )
 def test_what_logs_a_loss_in_another_way_is_not_refused_for_its_logging_steps(logs, tmp_path):
-    recipe = SimpleNamespace(lora_r=4, compile_layers=False, embeddings_on_host=False)
+    recipe = SimpleNamespace(
+        lora_r=4, lora_dropout=0.0, compile_layers=False, mlp_tiles=0, embeddings_on_host=False
+    )
     told = {"output_dir": str(tmp_path), "max_steps": 5, "logging_steps": 500, "bf16": False, "use_cpu": True}
     kwargs = {"gradient_checkpointing": None, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     refusing._refuse_settings(recipe, SFTConfig(**told | kwargs | logs))
