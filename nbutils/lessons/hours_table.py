@@ -1,6 +1,6 @@
 """How long a reader's rows take at recorded speeds, and what they cost."""
 
-from nbutils.lessons.step_figures import FASTEST, STATED, largest_error
+from nbutils.lessons.step_figures import FASTEST, STATED, speed_range
 from nbutils.planning.run_setup import Setup
 from nbutils.planning.shapes import Shape
 from nbutils.planning.step_estimate import estimate, pcie4_links
@@ -52,10 +52,10 @@ def estimated_rows(shape: Shape, batch: int, length: int, samples: int, tokens: 
         tokens: of one sample.
     """
     setup = Setup(world_size=2, fsdp_version=2, offload=True)
-    off, rows = largest_error(setup.fsdp_version), []
+    rows = []
     for card, tflops in STATED.items():
         speed = estimate(shape, setup, batch, length, pcie4_links(16, tflops), FASTEST).tokens_per_second
-        slow, fast = speed / (1 + off), speed / (1 - off)
+        slow, fast = speed_range(speed, setup.fsdp_version)
         full, alone = (
             f"{hours(samples * each, fast):.1f} to {hours(samples * each, slow):.1f}"
             for each in (tokens, length)

@@ -126,7 +126,7 @@ def compare_with_records(runs: dict[str, dict]) -> None:
         expected, measured, ended = plan_of(run), run["measured"], run["outcome"] == "ok"
         peak = measured["gpu_peak_bytes"]
         seen = f"{peak / GIB:.2f}" if ended else "out of memory"
-        off = f"{expected.gpu_peak_bytes / peak - 1:+.2%}" if ended else ""
+        off = f"{expected.gpu_peak_bytes / peak - 1:+z.2%}" if ended else ""
         reserved = f"{measured['gpu_reserved_bytes'] / GIB:.1f}" if ended else ""
         host = expected.host_bytes * run["config"]["world_size"]
         rows.append([name, f"{expected.gpu_peak_bytes / GIB:.2f}", seen, off, reserved, f"{host / GIB:.0f}",

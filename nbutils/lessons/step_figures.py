@@ -77,7 +77,7 @@ def slow_link_summary() -> list[list[str]]:
         slowest = min((step for step in own if step[1]), key=lambda step: step[1])
         seconds = (next(step for step in own if not step[1])[3], slowest[3])
         rows.append([name.replace("_", " "), f"{own[0][2]:.1f}", *(f"{second:.2f}" for second in seconds),
-                     f"{seconds[1] / seconds[0]:.1f}", f"{min(off):+.0%} to {max(off):+.0%}"])  # fmt: skip
+                     f"{seconds[1] / seconds[0]:.1f}", f"{min(off):+z.0%} to {max(off):+z.0%}"])  # fmt: skip
     return rows
 
 
@@ -121,6 +121,20 @@ def largest_error(fsdp_version: int) -> float:
     return max(map(abs, errors(fsdp_version).values()))
 
 
+def speed_range(speed: float, fsdp_version: int) -> tuple[float, float]:
+    """The lowest and the highest speed, if an estimate is off by as much as the worst recorded one.
+
+    The errors are those of a step's seconds: a step estimated at three quarters of what it took means three quarters
+    of the estimated speed.
+
+    Args:
+        speed: estimated, tokens a second.
+        fsdp_version: 1 or 2.
+    """
+    off = largest_error(fsdp_version)
+    return speed * (1 - off), speed * (1 + off)
+
+
 def pcie_rows(shape: Shape) -> list[list[str]]:
     """Tokens a second that two cards can expect, each way, as low, estimate and high; and what was published.
 
@@ -133,8 +147,8 @@ def pcie_rows(shape: Shape) -> list[list[str]]:
             links, cells = pcie4_links(lanes, tflops), []
             for setup, batch, choices in WAYS.values():
                 speed = estimate(shape, setup, batch, LENGTH, links, choices).tokens_per_second
-                off = largest_error(setup.fsdp_version)
-                cells.append(f"{speed:.0f} ({speed / (1 + off):.0f} to {speed / (1 - off):.0f})")
+                slow, fast = speed_range(speed, setup.fsdp_version)
+                cells.append(f"{speed:.0f} ({slow:.0f} to {fast:.0f})")
             published = str(PUBLISHED[card]) if lanes == 16 else ""
             rows.append([f"two {card}s, x{lanes}", f"{links.host_gbs:.0f}", *cells, published])
     return rows

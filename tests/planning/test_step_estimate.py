@@ -14,6 +14,7 @@ from nbutils.lessons.step_figures import (
     pcie_rows,
     recorded_links,
     slow_link_rows,
+    speed_range,
 )
 from nbutils.planning.run_setup import Choices, Setup
 from nbutils.planning.shapes import shape_of
@@ -50,6 +51,15 @@ def test_every_record_of_full_rows_is_estimated(version, error):
     off = errors(version)
     assert len(off) >= 3
     assert all(abs(value) < error for value in off.values()), off
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_range_of_a_speed_holds_every_recorded_speed(version):
+    """An error is that of the step's seconds: what a step took is its estimate divided by 1 + error."""
+    for file, error in errors(version).items():
+        tokens, seconds = 8192, 10  # estimated
+        slow, fast = speed_range(tokens / seconds, version)
+        assert slow * 0.9999 <= tokens / (seconds / (1 + error)) <= fast * 1.0001, file
 
 
 def test_the_readme_and_the_evidence_say_what_is_estimated_for_24_gb_cards():
