@@ -41,7 +41,7 @@ class Sizes:
     computed_again: int
     unpacked: int  # weights in bf16 while they are multiplied
     passing: (
-        int  # gradients on their way through the down projection; tiled, those of the MLP's output and input
+        int  # gradients on their way through the down projection; of a tiled MLP, its output's and input's
     )
     tile: int  # of a tiled MLP, in its backward pass
     attention: int  # with a tiled MLP, what the backward pass of the rest of a layer holds
@@ -148,7 +148,6 @@ class Sizes:
         others = {
             "checkpointed layer inputs": self.one_checkpoint if first else self.checkpoints,
             "layers that keep everything": 0 if first else self.kept,
-            "weights in bf16": self.unpacked,  # bitsandbytes multiplies by the unpacked weight
         }
         in_mlp = {
             "one layer computed again": self.computed_again,
@@ -156,7 +155,9 @@ class Sizes:
             "a tile of the MLP": self.tile,
         }
         behind = {"attention and norms, with gradients": self.attention}
-        return others | max(in_mlp, behind, key=lambda items: sum(items.values()))
+        fuller = max(in_mlp, behind, key=lambda items: sum(items.values()))
+        # bitsandbytes multiplies by the unpacked weight.
+        return others | fuller | {"weights in bf16": self.unpacked}
 
     def loss(self) -> dict[str, int]:
         """The moment of the loss, when the head has come from the host and no layer is gathered."""
