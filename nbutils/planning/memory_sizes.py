@@ -40,9 +40,7 @@ class Sizes:
     logits: int  # a tile of them
     computed_again: int
     unpacked: int  # weights in bf16 while they are multiplied
-    passing: (
-        int  # gradients on their way through the down projection; of a tiled MLP, its output's and input's
-    )
+    passing: int  # gradients on their way through the down projection; tiled, of the MLP's output and input
     tile: int  # of a tiled MLP, in its backward pass
     attention: int  # with a tiled MLP, what the backward pass of the rest of a layer holds
     on_host: bool  # embedding and head
