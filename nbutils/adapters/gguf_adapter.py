@@ -139,8 +139,8 @@ def _plan(adapter: Path, config: LoraConfig, shape: Shape) -> dict[str, Parts]:
     )
     if foreign:
         raise UnsupportedAdapter(
-            f"{foreign[0]} is no LoRA on a linear layer of a decoder layer, and llama.cpp takes nothing else in an "
-            "adapter (modules_to_save, biases, embedding and head stay in the base). Merge it instead: "
+            f"{foreign[0]} is no LoRA on a linear layer of a decoder layer, and nothing else is converted "
+            "(no modules_to_save, biases, embedding or head). Merge it instead: "
             "python -m nbutils merge BASE ADAPTER FOLDER"
         )
     plan = plan_merge(entries, config, linears, tied=False)

@@ -38,7 +38,7 @@ def print_by_kind(models: dict[str, dict[str, tuple[str, int]]]) -> None:
 
 
 def print_cost_of_cast(tiny: int, seventy: int, tiny_head: int, seventy_head: int) -> None:
-    """Print what the cast adds, measured on the tiny model and computed for 70B; all in bytes.
+    """Print what the cast adds; all in bytes. The first number of the tiny model is measured, the others computed.
 
     Args:
         tiny: to the whole tiny model.
@@ -53,4 +53,4 @@ def print_cost_of_cast(tiny: int, seventy: int, tiny_head: int, seventy_head: in
         ("to each GPU while lm_head is gathered", tiny_head, seventy_head),
     ]
     rows = [(where, f"{here / 1e6:.3f} MB", f"{there / GIB:.2f} GiB") for where, here, there in places]
-    plots.table(["what the cast adds", "tiny, measured", "70B, computed"], rows)
+    plots.table(["what the cast adds", "tiny model", "70B"], rows)

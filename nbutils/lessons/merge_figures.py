@@ -45,7 +45,7 @@ def real_merges(report: dict) -> None:
         losses, change = trained["held_out_loss"], trained["relative_change_of_the_weights"]
         gain = before - losses["4-bit base and adapter, as trained"]
         head += [f"rate {trained['learning_rate']:.0e}", "of the gain"]
-        columns.append([f"{change['median']:.1%}", *(f"loss {losses[way]:.3f}" for way in WAYS)])
+        columns.append([f"{change['median']:.2%}", *(f"loss {losses[way]:.3f}" for way in WAYS)])
         columns.append(["", *(f"{(before - losses[way]) / gain:.0%}" for way in WAYS)])
     plots.table(head, list(zip(*columns)))
 

@@ -1,5 +1,6 @@
 """The folders of exercise 05.1: an adapter, and two that look like it on disk and would do nothing."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 FILE = "adapter_model.safetensors"
-IN_LAYERS = ".layers."
+IN_LAYER = re.compile(r"(\.layers\.\d+)(?=\.)")  # FSDP 1 wraps each decoder layer
 
 
 def write_three(adapter: str | Path, folder: str | Path) -> dict[str, Path]:
@@ -31,7 +32,7 @@ def write_three(adapter: str | Path, folder: str | Path) -> dict[str, Path]:
 
 
 def _wrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.replace(IN_LAYERS, f"._fsdp_wrapped_module{IN_LAYERS}"): t for name, t in tensors.items()}
+    return {IN_LAYER.sub(r"\1._fsdp_wrapped_module", name): t for name, t in tensors.items()}
 
 
 def _before_training(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
