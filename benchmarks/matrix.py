@@ -153,6 +153,13 @@ CASES["tiled"] = {
     "70b_tiled_cap_b1_l32768": Case(80, OFFLOADED, 1, 32768, (), TILED, **CARD, seconds=500),
     "70b_tiled_cap_b1_l65536": Case(80, OFFLOADED, 1, 65536, (), TILED, **CARD, seconds=900),
 }
+# The same on one GPU: a rank keeps what each of two would, but for the shards, which lie on the host.
+ALONE = CARD | {"ranks": 1}
+CASES["tiled_one_gpu"] = {
+    "one_gpu_long_cap_l32768": Case(12, OFFLOADED, 1, 32768, (), goal("longest_context"), **ALONE),
+    "one_gpu_tiled_cap_l32768": Case(12, OFFLOADED, 1, 32768, (), TILED, **ALONE),
+    "one_gpu_tiled_cap_l65536": Case(12, OFFLOADED, 1, 65536, (), TILED, **ALONE),
+}
 
 # Twelve layers: what each change is worth, and more rows with the inputs of the layers on the host.
 HOST_INPUTS = (*goal("fastest_2x24gb"), TO_HOST)
