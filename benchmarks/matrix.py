@@ -153,13 +153,6 @@ CASES["tiled"] = {
     "70b_tiled_cap_b1_l32768": Case(80, OFFLOADED, 1, 32768, (), TILED, **CARD, seconds=500),
     "70b_tiled_cap_b1_l65536": Case(80, OFFLOADED, 1, 65536, (), TILED, **CARD, seconds=900),
 }
-# The same on one GPU: a rank keeps what each of two would, but for the shards, which lie on the host.
-ALONE = CARD | {"ranks": 1}
-CASES["tiled_one_gpu"] = {
-    "one_gpu_long_cap_l32768": Case(12, OFFLOADED, 1, 32768, (), goal("longest_context"), **ALONE),
-    "one_gpu_tiled_cap_l32768": Case(12, OFFLOADED, 1, 32768, (), TILED, **ALONE),
-    "one_gpu_tiled_cap_l65536": Case(12, OFFLOADED, 1, 65536, (), TILED, **ALONE),
-}
 
 # Twelve layers: what each change is worth, and more rows with the inputs of the layers on the host.
 HOST_INPUTS = (*goal("fastest_2x24gb"), TO_HOST)
@@ -214,6 +207,7 @@ def main() -> int:
     )
     parser.add_argument("--peer", type=Path, help="folder of PEFT's examples/sft; left out: without its case")
     parser.add_argument("--layers", type=int, help="of each case; left out: as the case says")
+    parser.add_argument("--ranks", type=int, help="of each case; left out: as the case says")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument(
         "--deadline", type=float, default=1e9, help="seconds from now; no run begins that could not end"
@@ -227,6 +221,11 @@ def main() -> int:
         cases |= CASES.get(name) or {name: next(group[name] for group in CASES.values() if name in group)}
     if options.layers:
         cases = {f"{name}_{options.layers}_layers": case for name, case in cases.items()}
+    if options.ranks:
+        cases = {
+            f"{name}_{options.ranks}_ranks": replace(case, ranks=options.ranks)
+            for name, case in cases.items()
+        }
 
     failed = 0
     for name, case in cases.items():
