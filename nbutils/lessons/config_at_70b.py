@@ -136,7 +136,7 @@ def five_keys(shape: Shape, ranks: int = 2, lora_r: int = LORA_RANK) -> list[lis
         row("fsdp_auto_wrap_policy", "largest piece gathered at once", ("TRANSFORMER_BASED", root),
             ("NO_WRAP (FSDP 2)", layers + root + adapter)),
         row("fsdp_offload_params", "highest moment of the run", ("true", peaks[1, True]), ("false", peaks[1, False])),
-        row("fsdp_version", "the same moment, no offload", ("1", peaks[1, False]), ("2", peaks[2, False])),
+        row("fsdp_version", "the same, no offload", ("1", peaks[1, False]), ("2", peaks[2, False])),
         row("mixed_precision", "adapter, gradients, Adam", ("no (bf16)", trained["bfloat16"]),
             ("bf16 (fp32 kept)", trained["float32"])),
     ]  # fmt: skip

@@ -78,7 +78,7 @@ def draw_two_machines(shape: Shape, step_seconds: float, whose: str) -> None:
     ]
     told = "; ".join(f"{link}: FULL_SHARD {full}, HYBRID_SHARD {hybrid}" for link, full, hybrid in rows)
     plots.show(figure, f"{title}. Predicted speed in times one machine, by the link. {told}.")
-    plots.table(["link", *STRATEGIES], rows)
+    plots.table(["times one machine over", *STRATEGIES], rows)
 
 
 def verdict(low: float, high: float) -> str:
