@@ -147,7 +147,7 @@ def chats(layers: int, limits: dict) -> dict[str, Case]:
     }
 
 
-# Long rows with a tiled MLP, as many layers as there are: not run on GPUs yet.
+# Long rows with a tiled MLP. On one GPU: --ranks 1, and fewer layers, as host memory allows.
 TILED = (*goal("longest_context"), "mlp_tiles=8")
 CASES["tiled"] = {
     "70b_tiled_cap_b1_l32768": Case(80, OFFLOADED, 1, 32768, (), TILED, **CARD, seconds=500),

@@ -190,6 +190,9 @@ def _changes(run: _Run) -> dict[str, Callable[[_Run], _Run]]:
         changes[f"parameters in host memory ({words})"] = lambda r: r.with_setup(
             fsdp_version=2, offload=True, reshard=True
         ).with_choices(embeddings_on_host=True)
+    # Tiles were run for such rows; of shorter ones they take little. With lora_dropout the script may refuse them.
+    if run.length >= 32768 and not choices.mlp_tiles and choices.stacked_adapters:
+        changes["mlp_tiles: 8"] = lambda r: r.with_choices(mlp_tiles=8)
     if run.length > 1024:
         changes[f"rows of 1,024 tokens instead of {run.length:,}"] = lambda r: replace(r, length=1024)
     return changes

@@ -27,7 +27,7 @@ from nbutils.planning.shapes import SHAPES, config_of, shape_of
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = {
     path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text())
-    for folder in ("", "each_change", "cap_21_gib", "compare_12")
+    for folder in ("", "each_change", "cap_21_gib", "compare_12", "one_gpu")
     for path in sorted((RESULTS / folder).glob("*.json"))
     if path.stem.startswith(("fit_", "70b_", "held_out_"))
 }
@@ -273,6 +273,45 @@ def test_the_evidence_and_the_readme_say_what_was_recorded_beside_peft():
         used, reserved, host = (run[f"{what}_bytes"] / GIB for what in ("gpu_peak", "gpu_reserved", "host"))
         shown = f"{used:.1f} GiB | {reserved:.1f} GiB | {host:.0f} GiB | {run['tokens_per_second']:,.0f} |"
         assert re.search(rf"\| `{goal}_2x24gb`: [^|]* \| {re.escape(shown)}", readme), goal
+
+
+def test_the_records_of_long_rows_on_one_gpu_are_told_as_they_are():
+    log = (ROOT / "docs" / "speed_log.md").read_text()
+    for name in (
+        "long_cap_b1_l32768_12",
+        "tiled_cap_b1_l32768_12",
+        "tiled_cap_b1_l65536_12",
+        "tiled_cap_b1_l65536_72",
+    ):
+        run = json.loads((RESULTS / f"one_gpu/70b_{name}_layers.json").read_text())
+        config, found = run["config"], run["measured"]
+        used, reserved, planned = (
+            f"{size / GIB:.1f} GiB"
+            for size in (
+                found["gpu_peak_bytes"],
+                found["gpu_reserved_bytes"],
+                run["predicted"]["gpu_peak_bytes"],
+            )
+        )
+        assert found["run"]["adapter"]["verified"] and found["gpu_reserved_bytes"] < 21.3 * GIB
+        tiles = 8 if "mlp_tiles=8" in config["settings"] else "none"
+        line = (
+            f"| {config['num_layers']} | {config['seq_len']:,} | {tiles} | {used} | {planned} | {reserved} "
+        )
+        assert f"{line}| {found['host_bytes'] / GIB:.0f} GiB | {found['tokens_per_second']:,.0f} |" in log
+    text = " ".join(EVIDENCE.read_text().split())
+    assert f"{used} in use, {reserved} reserved, {found['tokens_per_second']:.0f} tokens/s" in text
+    whole = recorded("one_gpu/70b_big_cards_b2_l2048")
+    assert f"{whole['tokens_per_second']:,.0f} tokens/s in {whole['gpu_peak_bytes'] / GIB:.1f} GiB." in text
+
+
+@pytest.mark.parametrize(
+    ("length", "dropout", "told"), [(65536, 0, True), (65536, 0.1, False), (8192, 0, False)]
+)
+def test_long_rows_are_told_of_a_tiled_mlp(length, dropout, told):
+    settings = {"compile_layers": True, "embeddings_on_host": True, "lora_dropout": dropout}
+    run = _Run(Setup(2, 2, True), 1, length, Choices.read(settings))
+    assert ("mlp_tiles: 8" in _changes(run)) == told
 
 
 def test_a_real_small_model_ends_with_the_same_bits_however_it_is_shared():
