@@ -25,7 +25,8 @@ def compile_layers(model: PreTrainedModel) -> int:
 
     The parts of a layer are compiled, not the layer: FSDP's gathering and the activation checkpoint stay around them,
     uncompiled, so both do exactly what they did. All layers share the same few graphs. Fused operations round to bf16
-    less often, so losses differ in the last digits.
+    elsewhere. Before the first step losses differ in the last digits; then by more, for a while: of what a young
+    adapter adds, each way of rounding loses another part (`benchmarks/adapter_rounding.py`).
 
     Args:
         model: with its adapter, before FSDP wraps it; changed in place. Without one, or with one that comes later, the

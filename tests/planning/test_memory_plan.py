@@ -305,6 +305,31 @@ def test_the_records_of_long_rows_on_one_gpu_are_told_as_they_are():
     assert f"{whole['tokens_per_second']:,.0f} tokens/s in {whole['gpu_peak_bytes'] / GIB:.1f} GiB." in text
 
 
+def test_the_log_tells_what_bf16_loses_of_a_young_adapter():
+    record = json.loads((RESULTS / "adapter_rounding.json").read_text())
+    log = (ROOT / "docs" / "speed_log.md").read_text()
+    rows = re.findall(r"^\| (\de-\d) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", log, re.M)
+    found = {
+        (f"{run['learning_rate']:.0e}".replace("e-0", "e-"), str(seen["steps"])): seen["loss"]
+        for run in record["smollm2"]
+        for seen in run["held_out"]
+    }
+    assert len(rows) == 7
+    for rate, steps, *losses in rows:
+        assert losses == [f"{found[rate, steps][way]:.4f}" for way in ("bf16", "fp32")]
+    gained = {
+        steps: [found["2e-4", "0"][way] - found["2e-4", steps][way] for way in ("bf16", "fp32")]
+        for steps in ("1", "39")
+    }
+    assert 0.2 < gained["1"][0] / gained["1"][1] < 0.3 and 0.99 < gained["39"][0] / gained["39"][1] < 1.01
+    whole, tiled = (recorded(f"one_gpu/70b_{name}_cap_b1_l32768_12_layers") for name in ("long", "tiled"))
+    said = [f"{run['losses'][1]:.2f}" for run in (whole, tiled)]
+    said += [f"{run['run']['training']['held_out_loss_after']:.3f}" for run in (whole, tiled)]
+    text = " ".join(log.split())
+    assert f"{said[0]} with the whole MLP and {said[1]} in tiles" in text
+    assert f"after three steps {said[2]} and {said[3]} (" in text
+
+
 @pytest.mark.parametrize(
     ("length", "dropout", "told"), [(65536, 0, True), (65536, 0.1, False), (8192, 0, False)]
 )
