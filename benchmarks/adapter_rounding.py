@@ -2,10 +2,10 @@
 
 Run as: python benchmarks/adapter_rounding.py    (a quarter of an hour on two cores)
 
-The frozen product of a layer is rounded to bf16, then the adapter's small product is added, and the sum is rounded again.
-What is less than half a unit in the last place is lost. Here the same weights are also computed in fp32, where nothing
-is lost: after each of the first steps with random weights, as a dry run takes them, and on the real small model.
-Writes benchmarks/results/adapter_rounding.json.
+The frozen product of a layer is rounded to bf16, then the adapter's small product is added, and the sum is rounded
+again. What is less than half a unit in the last place is lost. Here the same weights are also computed in fp32, where
+nothing is lost: after each of the first steps with random weights, as a dry run takes them, and on the real small
+model. Writes benchmarks/results/adapter_rounding.json.
 """
 
 import argparse
@@ -136,8 +136,8 @@ def main() -> None:
     write(
         "adapter_rounding",
         "python benchmarks/adapter_rounding.py",
-        f"Losses at the same weights, computed in bf16 and in fp32: {LAYERS} layers of Llama 3.1 8B's width with random "
-        f"weights, and SmolLM2-135M-Instruct with {HELD_OUT} held-out conversations; nats a token",
+        f"Losses at the same weights, computed in bf16 and in fp32: {LAYERS} layers of Llama 3.1 8B's width with "
+        f"random weights, and SmolLM2-135M-Instruct with {HELD_OUT} held-out conversations; nats a token",
         random_weights=young(),
         smollm2=[real(rate) for rate in RATES],
     )

@@ -4,7 +4,8 @@ In a row of 65,536 tokens each tensor of the MLP's width is 3.5 GiB for 70B, and
 pass. A token's MLP knows no other token. So the tokens are cut into tiles; a tile is computed, and its wide tensors are
 freed before the next one begins. In the backward pass each tile is computed once more and sends its gradients at once.
 
-The idea is that of Arctic Long Sequence Training (arXiv 2506.13996, "TiledMLP"). On GPUs it ran on one (`benchmarks/results/one_gpu/`).
+The idea is that of Arctic Long Sequence Training (arXiv 2506.13996, "TiledMLP"). On GPUs it ran on
+one (`benchmarks/results/one_gpu/`).
 """
 
 from collections.abc import Callable
