@@ -68,15 +68,15 @@ def _room_for_chats(batch: int, length: int) -> float:
 
 
 def _rows_for_chats(yours) -> str:
-    """(rows a GPU, tokens a row) for chats of CHAT tokens, one in a row: the most rows that fit a 24 GB card."""
+    """(rows a GPU, tokens a row) for chats of CHAT tokens, one in a row: the most that leave 1 GiB of a card."""
     batch, length = yours
     if length < CHAT:
         return f"A chat of {CHAT} tokens would be cut. Take longer rows."
     if length > CHAT + 64:
         return "Most of such a row is padding, which is computed like text. Take shorter rows."
-    if _room_for_chats(batch, length) <= 0:
-        return "The plan says that it does not fit a 24 GB card. Take fewer rows."
-    if _room_for_chats(batch + max(1, batch // 8), length) > 0:
+    if _room_for_chats(batch, length) < 1:
+        return "The plan leaves less than 1 GiB of a 24 GB card. Take fewer rows."
+    if _room_for_chats(batch + max(1, batch // 8), length) >= 1:
         return "It fits, and there is room for many more rows: each step moves all weights anyway."
     return ""
 
