@@ -15,6 +15,7 @@ class CellProgress:
     """Progress on the terminal: one line that is rewritten each second; in a log file a line for each slow cell."""
 
     SLOW = 5.0  # seconds
+    SHOWN = "terminal"  # tag of a cell whose output is wanted before the notebook has ended
 
     def __init__(self, label: str, notebook: Path, run_dir: Path, injected: bool = False):
         cells = nbformat.read(notebook, as_version=4).cells
@@ -35,6 +36,14 @@ class CellProgress:
         seconds = time.monotonic() - self.started
         if not sys.stdout.isatty() and seconds >= self.SLOW:
             print(f"    cell {cell_index + 1}/{self.total}: {seconds:.0f} s", flush=True)
+        if self.SHOWN in cell.metadata.get("tags", []):
+            self._show(cell)
+
+    def _show(self, cell) -> None:
+        """Print what a cell has printed, below the line that is rewritten."""
+        said = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+        start = "\r\033[K" if sys.stdout.isatty() else ""
+        print(start + "\n".join(f"    {line}" for line in said.splitlines()), flush=True)
 
     def line(self) -> str:
         """Where the notebook is; while a launch trains, where the training is."""

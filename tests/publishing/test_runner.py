@@ -60,6 +60,18 @@ def params(tmp_path, text):
     return path
 
 
+def test_what_a_cell_says_for_the_terminal_stands_there_before_the_next_cell_runs(series, capsys):
+    path = series.folder / "00_first.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[2].metadata.tags = ["terminal"]
+    notebook.cells[3].source = "raise ValueError('later')"
+    nbformat.write(notebook, path)
+    assert series() == 1
+    said = capsys.readouterr().out
+    assert "\n    first 4\n" in said  # the cell with the tag, and no other one
+    assert "later" not in said.split("first 4")[0]
+
+
 BAD = {
     "unknown name": (
         "max_step: 20",
