@@ -1,4 +1,4 @@
-"""The instruction set of the course, and the loader that takes any of four forms."""
+"""The instruction set of the course, and the loader that takes any of five forms."""
 
 import json
 import os

@@ -67,7 +67,7 @@ ANSWERED = {
     "06.1": ((5.936, False), (0.742, True), "does not shard"),
     "06.2": (9216, 10240, "first that does not fit"),
     "06.3": (4096, 5120, "A shorter row"),
-    "06.4": ((31, 352), (4, 2048), "padding"),
+    "06.4": ((31, 352), (33, 350), "less than 1 GiB"),
     "04.1": (1120, 560, "an A and a B"),
     "04.2": (True, False, "run.json of this launch"),
     "04.3": (320, 288, "still lose"),

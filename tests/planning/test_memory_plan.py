@@ -303,6 +303,23 @@ def test_the_records_of_long_rows_on_one_gpu_are_told_as_they_are():
     assert f"{used} in use, {reserved} reserved, {found['tokens_per_second']:.0f} tokens/s" in text
     whole = recorded("one_gpu/70b_big_cards_b2_l2048")
     assert f"{whole['tokens_per_second']:,.0f} tokens/s in {whole['gpu_peak_bytes'] / GIB:.1f} GiB." in text
+    assert f"It took {found['host_bytes'] / GIB:.0f} GiB of host memory" in text
+    one, two = (
+        plan(SHAPES["llama31_70b"], Setup(ranks, 2, True), 1, 65536, choices=choices_of(run)).gpu_peak_bytes
+        for ranks in (1, 2)
+    )
+    assert f"adds {(two - one) / GIB:.1f} GiB to its GPU, by the plan" in text
+    plain, tiled = (recorded(f"one_gpu/70b_{name}_cap_b1_l32768_12_layers") for name in ("long", "tiled"))
+    used = [f"{run['gpu_peak_bytes'] / GIB:.1f}" for run in (tiled, plain)]
+    ratio = tiled["tokens_per_second"] / plain["tokens_per_second"]
+    assert f"take {used[0]} GiB where the whole MLP takes {used[1]}, at {ratio:.2f} times its speed" in text
+    for name, words in (
+        ("", "{first:.0f} s to the end of the first step, {wrap:.0f} of them"),
+        ("_registered", "{first:.0f} s, {wrap:.0f} of them"),
+    ):
+        seconds = recorded(f"one_gpu/70b_fast_cap_b4_l2048{name}")["seconds"]
+        said = words.format(first=seconds["to_first_step"], wrap=seconds["wrap"])
+        assert f"{said} for wrapping" in " ".join(log.split())
 
 
 def test_the_log_tells_what_bf16_loses_of_a_young_adapter():

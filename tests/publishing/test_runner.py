@@ -72,6 +72,12 @@ def test_what_a_cell_says_for_the_terminal_stands_there_before_the_next_cell_run
     assert "later" not in said.split("first 4")[0]
 
 
+def test_the_cell_that_counts_steps_hours_and_disk_is_shown_so():
+    notebook = nbformat.read(ROOT / "notebooks/04_write_and_launch.ipynb", as_version=4)
+    (counts,) = [cell for cell in notebook.cells if "ahead.in_words(" in cell.source]
+    assert CellProgress.SHOWN in counts.metadata.tags
+
+
 BAD = {
     "unknown name": (
         "max_step: 20",
